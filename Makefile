@@ -1,0 +1,38 @@
+# make demo   a talking face from the shipped speech and avatar: talk.mp4
+# make test   the test suite
+# make lint   ruff
+# All of them work in .venv, which is made on the first call. PYTHON chooses the interpreter (3.11 or newer).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SPEECH ?= $(firstword $(sort $(wildcard pikastream_jax/assets/speech/*.flac)))
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python serve.py --audio $(SPEECH) --output talk.mp4
+	@echo "the talking face is in $(CURDIR)/talk.mp4"
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) .cache build *.egg-info talk.mp4
+
+# Stamps: installing again is only needed when the dependencies change.
+$(VENV)/.installed: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev,train]"
+	touch $@ $(VENV)/.installed
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.11; choose another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || $(PYTHON) -m virtualenv $(VENV)

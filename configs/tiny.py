@@ -1,0 +1,8 @@
+"""The shipped preset: 256x256 at 25 FPS, faster than real time on two CPU cores."""
+
+from pikastream_jax.config import Config
+
+
+def tiny() -> Config:
+    """About 14 M parameters: DiT 8.5 M, FlashVAE 4.9 M, text and audio encoders 0.5 M."""
+    return Config(name="tiny")

@@ -1,0 +1,69 @@
+"""Attention over a whole sequence with the chunk-causal, windowed visibility that inference has: the training path."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels._common import attention_logits, check_implementation, softmax_product
+
+
+def frame_visibility(chunk_ids: Int[Array, "b f"], *, window: int, copies: int = 1) -> Bool[Array, "b cf cf"]:
+    """Which latent frame may see which.
+
+    A frame sees its own chunk (of its own copy) and, of the context (the first copy), the `window` frames before its chunk.
+
+    Args:
+      chunk_ids: the chunk of every latent frame, non-decreasing; all equal means bidirectional.
+      window: latent frames before the chunk that are visible.
+      copies: 1, or 2 for [context copy, query copy] (recipes: causal adaptation).
+    """
+    frames = chunk_ids.shape[1]
+    index = jnp.arange(frames)
+    same = chunk_ids[:, :, None] == chunk_ids[:, None, :]
+    start = jnp.argmax(same, axis=2)  # first frame of every frame's chunk
+    past = (index[None, None, :] < start[:, :, None]) & (index[None, None, :] >= start[:, :, None] - window)
+    if copies == 1:
+        return same | past
+    nothing = jnp.zeros_like(same)
+    context = jnp.concatenate([same | past, nothing], axis=2)
+    query = jnp.concatenate([past, same], axis=2)
+    return jnp.concatenate([context, query], axis=1)
+
+
+def chunked_attention(
+    q: Float[Array, "b n h d"],
+    k: Float[Array, "b n g d"],
+    v: Float[Array, "b n g d"],
+    *,
+    chunk_ids: Int[Array, "b f"],
+    window: int,
+    copies: int = 1,
+    fixed: tuple[Float[Array, "b n h d"], Float[Array, "b m g d"], Float[Array, "b m g d"]] | None = None,
+    impl: str = "auto",
+) -> Float[Array, "b n h d"]:
+    """Whole-sequence attention: what `ring_attention` computes chunk by chunk.
+
+    Args:
+      q, k, v: all tokens, frame by frame (n = copies x f x tokens per frame), rotated to their places in the sequence.
+      chunk_ids, window, copies: see `frame_visibility`.
+      fixed: (queries, keys, values) for rows that every query sees at a fixed distance, the reference: the same queries, rotated
+        relative to their own chunk, since one absolute rotation cannot hold a fixed distance to every chunk.
+      impl: "auto" or "xla".
+
+    Raises:
+      ValueError: an unknown `impl`, or n is not a multiple of copies x f.
+    """
+    check_implementation("chunked_attention", impl)
+    frames = chunk_ids.shape[1] * copies
+    b, n = q.shape[:2]
+    if n % frames:
+        raise ValueError(f"chunked_attention: {n} tokens are not a multiple of {frames} latent frames")
+    tokens = n // frames
+    visible = frame_visibility(chunk_ids, window=window, copies=copies)
+    visible = jnp.repeat(jnp.repeat(visible, tokens, axis=1), tokens, axis=2)
+    logits = attention_logits(q, k)
+    if fixed is not None:
+        q_fixed, k_fixed, v_fixed = fixed
+        logits = jnp.concatenate([attention_logits(q_fixed, k_fixed), logits], axis=-1)
+        visible = jnp.concatenate([jnp.ones((b, n, k_fixed.shape[1]), bool), visible], axis=2)
+        v = jnp.concatenate([v_fixed, v], axis=1)
+    return softmax_product(logits, v, visible)

@@ -1,0 +1,226 @@
+"""The DiT over whole sequences (training, teacher) and over one chunk with the rolling cache (streaming).
+
+Both run the same blocks; only the attention they are given differs. The reference picture is told apart by its RoPE position alone:
+its place in time is `reference_distance` latent frames after the last frame of the chunk, where no video token ever stands.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import chunked_attention, frame_attention, ring_attention
+from pikastream_jax.config import DiTConfig
+from pikastream_jax.dit.block import DiTBlock, OutputHead
+from pikastream_jax.nn.layers import MLP
+from pikastream_jax.nn.patch import patchify, unpatchify
+from pikastream_jax.nn.rope import grid_positions, rope_tables, rotate
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeysValues:
+    """Keys (after RMSNorm, before RoPE) and values of every layer."""
+
+    k: Float[Array, "layers b *s h e"]
+    v: Float[Array, "layers b *s h e"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Conditions:
+    """What a sequence is conditioned on, ready to attend to; computed once per prompt and once per chunk, not per step."""
+
+    text: KeysValues  # [layers, b, s, length, h, e]: s is 1 (one prompt) or the number of latent frames
+    text_valid: Int[Array, "b s"]
+    audio: KeysValues  # [layers, b, f, audio tokens, h, e]
+
+
+def timestep_embedding(t: Float[Array, "*b"], dim: int) -> Float[Array, "*b d"]:
+    """Cosines then sinusoids of 1000 t at `dim` / 2 frequencies from 1 down to 1 / 10,000 (DDPM's; Wan's order).
+
+    Args:
+      t: timesteps in [0, 1], 1 is pure noise.
+    """
+    half = dim // 2
+    frequency = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angle = 1000.0 * t.astype(jnp.float32)[..., None] * frequency
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+class DiT(nnx.Module):
+    """Noisy latents and conditions -> velocity (noise - clean)."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        d = config.dim
+        self.patch_in = nnx.Linear(config.patch**2 * config.latent_channels, d, rngs=rngs)
+        self.text_embed = MLP(config.text_dim, d, d, rngs=rngs)
+        self.time_embed_in = nnx.Linear(config.frequency_dim, d, rngs=rngs)
+        self.time_embed_out = nnx.Linear(d, d, rngs=rngs)
+        self.time_projection = nnx.Linear(d, 6 * d, rngs=rngs)
+        self.blocks = nnx.List([DiTBlock(config, rngs=rngs) for _ in range(config.blocks)])
+        self.head = OutputHead(config, rngs=rngs)
+
+    # Conditions
+
+    def text_keys_values(self, text: Float[Array, "b s l c"]) -> KeysValues:
+        """Every layer's keys and values of the text tokens; once per prompt."""
+        context = self.text_embed(text)
+        return _stack([block.text_attention.keys_values(context) for block in self.blocks])
+
+    def audio_keys_values(self, audio: Float[Array, "b f a c"]) -> KeysValues:
+        """Every layer's keys and values of the audio tokens; once per chunk."""
+        return _stack([block.audio_attention.keys_values(audio) for block in self.blocks])
+
+    def reference_keys_values(self, reference: Float[Array, "b r c z"]) -> KeysValues:
+        """Every layer's keys and values [layers, b, n, h, e] of a reference's latents; once per reference.
+
+        Reference tokens have timestep 0, attend only to themselves and take neither text nor audio, so nothing of the stream
+        enters here.
+        """
+        rows, columns = reference.shape[1] // self.config.patch, reference.shape[2] // self.config.patch
+        x = self.patch_in(patchify(reference, self.config.patch))[:, None]
+        _, time = self._time(jnp.zeros(x.shape[:2]))
+        tables = rope_tables(*grid_positions(jnp.zeros(1), rows, columns), self.config.head_dim)
+        collected = []
+
+        def attend(q, k, v):
+            collected.append((k[:, 0], v[:, 0]))
+            return frame_attention(rotate(q, tables), rotate(k, tables), v)
+
+        for block in self.blocks:
+            x = block(x, time, attend, None, None)
+        return _stack(collected)
+
+    # The network
+
+    def forward_sequence(
+        self,
+        latents: Float[Array, "b cf r c z"],
+        t: Float[Array, "b cf"],
+        conditions: Conditions,
+        reference: KeysValues,
+        *,
+        chunk_ids: Int[Array, "b f"],
+        window: int,
+        reference_distance: Float[Array, "b"],
+        copies: int = 1,
+    ) -> Float[Array, "b cf r c z"]:
+        """Velocity of a whole sequence at once.
+
+        Args:
+          latents: noisy latents; with two copies the context copy comes first.
+          t: every latent frame's timestep.
+          conditions: for cf latent frames (audio; text where it changes).
+          reference: `reference_keys_values`.
+          chunk_ids: the chunk of every latent frame; all equal is the bidirectional teacher.
+          window: latent frames before its chunk that a frame sees.
+          reference_distance: from the last latent frame of every chunk to the reference's place.
+          copies: see `pallas_kernels.frame_visibility`.
+        """
+        b, f = chunk_ids.shape
+        rows, columns = (size // self.config.patch for size in latents.shape[2:4])
+        n, head_dim = rows * columns, self.config.head_dim
+        frame = jnp.arange(f, dtype=jnp.float32)
+        same = chunk_ids[:, :, None] == chunk_ids[:, None, :]
+        last = jnp.max(jnp.where(same, frame, 0.0), axis=2)  # of every frame's chunk
+        absolute = rope_tables(*grid_positions(jnp.tile(frame, copies), rows, columns), head_dim)
+        to_last = rope_tables(*grid_positions(jnp.tile(frame - last, (1, copies)), rows, columns), head_dim)
+        anchor = rope_tables(*grid_positions(reference_distance[:, None], rows, columns), head_dim)
+        reference_k = rotate(reference.k, anchor)
+
+        def attend_self(layer, q, k, v):
+            q, k, v = (x.reshape(b, copies * f * n, *x.shape[3:]) for x in (q, k, v))
+            out = chunked_attention(
+                rotate(q, absolute),
+                rotate(k, absolute),
+                v,
+                chunk_ids=chunk_ids,
+                window=window,
+                copies=copies,
+                fixed=(rotate(q, to_last), reference_k[layer], reference.v[layer]),
+            )
+            return out.reshape(b, copies * f, n, *out.shape[2:])
+
+        return self._run(latents, t, conditions, attend_self)
+
+    def forward_chunk(
+        self,
+        latents: Float[Array, "b f r c z"],
+        t: Float[Array, "b f"],
+        conditions: Conditions,
+        cache: KeysValues,
+        *,
+        fixed_slots: int,
+        fixed_valid: Int[Array, "b"],
+        ring_valid: Int[Array, "b"],
+    ) -> tuple[Float[Array, "b f r c z"], KeysValues]:
+        """Velocity of one chunk, and the chunk's own keys (before RoPE) and values [layers, b, f n, h, e].
+
+        Args:
+          cache: every layer's slots, keys already rotated relative to this chunk's last latent frame; see
+            `pallas_kernels.ring_attention` for the lengths.
+        """
+        b, f = latents.shape[:2]
+        rows, columns = (size // self.config.patch for size in latents.shape[2:4])
+        n = rows * columns
+        here = rope_tables(*grid_positions(jnp.arange(1.0 - f, 1.0), rows, columns), self.config.head_dim)
+        collected = []
+
+        def attend_self(layer, q, k, v):
+            q, k, v = (x.reshape(b, f * n, *x.shape[3:]) for x in (q, k, v))
+            collected.append((k, v))
+            out = ring_attention(
+                rotate(q, here),
+                rotate(k, here),
+                v,
+                cache.k,
+                cache.v,
+                layer=layer,
+                fixed_slots=fixed_slots,
+                fixed_valid=fixed_valid,
+                ring_valid=ring_valid,
+            )
+            return out.reshape(b, f, n, *out.shape[2:])
+
+        velocity = self._run(latents, t, conditions, attend_self)
+        return velocity, _stack(collected)
+
+    def _time(self, t: Float[Array, "b f"]) -> tuple[Float[Array, "b f d"], Float[Array, "b f 6 d"]]:
+        embedding = timestep_embedding(t, self.config.frequency_dim)
+        embedding = self.time_embed_out(jax.nn.silu(self.time_embed_in(embedding)))
+        time = self.time_projection(jax.nn.silu(embedding))
+        return embedding, time.reshape(*t.shape, 6, self.config.dim)
+
+    def _run(self, latents, t, conditions: Conditions, attend_self) -> Float[Array, "b f r c z"]:
+        b, f, height, width, _ = latents.shape
+        patch = self.config.patch
+        x = self.patch_in(patchify(latents, patch))
+        embedding, time = self._time(t)
+        text_groups = conditions.text_valid.shape[1]
+
+        for layer, block in enumerate(self.blocks):
+
+            def attend_text(q, layer=layer):
+                grouped = q.reshape(b, text_groups, -1, *q.shape[3:])
+                text = conditions.text
+                out = frame_attention(grouped, text.k[layer], text.v[layer], valid=conditions.text_valid)
+                return out.reshape(q.shape)
+
+            def attend_audio(q, layer=layer):
+                return frame_attention(q, conditions.audio.k[layer], conditions.audio.v[layer])
+
+            def attend(q, k, v, layer=layer):
+                return attend_self(layer, q, k, v)
+
+            x = block(x, time, attend, attend_text, attend_audio)
+        return unpatchify(self.head(x, embedding), patch, height // patch, width // patch)
+
+
+def _stack(pairs: list[tuple[Array, Array]]) -> KeysValues:
+    keys, values = zip(*pairs, strict=True)
+    return KeysValues(jnp.stack(keys), jnp.stack(values))

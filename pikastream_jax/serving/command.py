@@ -1,0 +1,252 @@
+"""The command line of `serve.py`."""
+
+import contextlib
+import dataclasses
+import io
+import math
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import tyro
+
+from pikastream_jax.serving.audio_in import MAX_RATE, MIN_RATE, SILENCE, open_audio, scan
+from pikastream_jax.serving.chunks import output_channels
+from pikastream_jax.serving.encode import MediaFormat
+from pikastream_jax.serving.errors import ServeError
+from pikastream_jax.serving.image import avatar_path, load_image, reference_pixels
+from pikastream_jax.serving.metrics import Meter, Progress
+from pikastream_jax.serving.outputs import (
+    FileOutput,
+    Output,
+    PipeOutput,
+    check_file,
+    check_stdout,
+    check_writable,
+    stdout_writer,
+)
+from pikastream_jax.serving.pipeline import Generator, Pipeline
+from pikastream_jax.serving.rtp import RtpOutput, parse_destination
+from pikastream_jax.serving.timeline import frame_count
+
+MIN_SIZE, MAX_SIZE = 32, 2160  # pixels
+MAX_FPS = 120
+INTERRUPTED = 130  # the shell's number for Ctrl-C
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Speech and one picture in, a talking face out.
+
+    Example: serve.py --audio speech.wav --image face.png --prompt "a woman smiling" | ffplay -
+    """
+
+    audio: str
+    """speech: WAV, FLAC, OGG, MP3, M4A, ...; - is standard input as it arrives (WAV, or raw 16-bit mono PCM)"""
+    image: Path | None = None
+    """picture of the face to show; its middle square is used"""
+    avatar: str | None = None
+    """a face of the shipped gallery instead of --image (default: the first)"""
+    prompt: str = "a person talking"
+    """expression, gaze and movement, in words"""
+    seed: int = 0
+    """another seed: other head movement and blinks, the same lips"""
+    output: str = "-"
+    """- (MPEG-TS on standard output), FILE.mp4, FILE.ts, or rtp://HOST:PORT (sound at PORT + 2; implies --realtime)"""
+    fps: float | None = None
+    """frames per second put out, by repeating or dropping (default: the model's)"""
+    size: int | None = None
+    """width and height put out, in pixels (default: the model's)"""
+    realtime: bool = False
+    """pace everything as a live source, instead of as fast as possible"""
+    metrics: Path | None = None
+    """write the figures of the run to this file, as JSON"""
+    audio_rate: int = 16_000
+    """Hz of raw PCM on standard input (a WAV header says its own)"""
+    sdp: Path = Path("stream.sdp")
+    """where to describe an RTP stream for players"""
+    weights: Path | None = None
+    """model weights (default: the shipped ones)"""
+
+    def __post_init__(self):
+        if self.image is not None and self.avatar is not None:
+            raise ServeError("give --image or --avatar, not both")
+        if not 0 <= self.seed < 2**32:
+            raise ServeError(f"--seed {self.seed} is out of range; use 0 to {2**32 - 1}")
+        if self.fps is not None and not (math.isfinite(self.fps) and 1 <= self.fps <= MAX_FPS):
+            raise ServeError(f"--fps {self.fps:g} is out of range; use 1 to {MAX_FPS}")
+        if self.size is not None and not (MIN_SIZE <= self.size <= MAX_SIZE and self.size % 2 == 0):
+            raise ServeError(f"--size {self.size} must be an even number of pixels from {MIN_SIZE} to {MAX_SIZE}")
+        if not MIN_RATE <= self.audio_rate <= MAX_RATE:
+            raise ServeError(f"--audio-rate {self.audio_rate} is out of range; use {MIN_RATE} to {MAX_RATE} Hz")
+
+    @property
+    def over_rtp(self) -> bool:
+        """Whether the output is a network stream."""
+        return self.output.startswith("rtp:")
+
+
+def main(argv: Sequence[str] | None = None, load_generator: Callable[..., Generator] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+      argv: arguments; None: those of the process.
+      load_generator: takes the place of `pikastream_jax.streaming.generator.load_generator`.
+    Returns:
+      The exit status: 0, also after Ctrl-C or a closed pipe in mid-stream; 1 where the input or output will not do;
+      2 for wrong arguments; 130 for Ctrl-C before there was a frame.
+    """
+    with _sigterm_as_interrupt():
+        try:
+            options = parse(argv)
+        except ServeError as error:
+            return _say_error(error, 2)
+        try:
+            return serve(options, load_generator)
+        except ServeError as error:
+            return _say_error(error, 1)
+        except KeyboardInterrupt:
+            return _say_error("interrupted before the stream was complete; nothing was written", INTERRUPTED)
+
+
+def parse(argv: Sequence[str] | None) -> Options:
+    """Arguments -> options.
+
+    Raises:
+      ServeError: they make no sense.
+      SystemExit: help was asked for and given.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(Options, args=argv, prog="serve.py", config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as exit_:
+        if not exit_.code:
+            raise
+        # tyro draws a box of many lines, help included; the rule here is one line.
+        text = " ".join("".join(" " if ch in "╭╮╰╯─│├┤" else ch for ch in complaint.getvalue()).split())
+        text = re.split(r" Argument helptext| For full helptext| \(required\)", text)[0]
+        for title in ("Parsing error ", "Value error ", "Required options ", "Unrecognized options "):
+            text = text.removeprefix(title)
+        raise ServeError(f"{text}; see serve.py --help") from None
+
+
+def serve(options: Options, load_generator: Callable[..., Generator] | None = None) -> int:
+    """Checks everything that can be checked, loads the model, streams.
+
+    Raises:
+      ServeError: the input or output will not do.
+      KeyboardInterrupt: asked to stop before the first frame.
+    """
+    destination = _check_output(options)
+    picture = options.image if options.image is not None else avatar_path(options.avatar)
+    load_image(picture)  # complain now rather than after loading the model
+    source = total = None
+    if options.audio != "-":
+        source = open_audio(options.audio, options.audio_rate)
+    if source is not None and not source.live:
+        found = scan(source)
+        total = found.samples
+        if found.peak < SILENCE:
+            _say(f"warning: {source.name} is silent: the face will only listen")
+
+    meter = Meter()
+    began = time.perf_counter()
+    if load_generator is None:
+        from pikastream_jax.streaming.generator import load_generator  # here: JAX takes a second
+    try:
+        generator = load_generator(weights=options.weights)
+    except (OSError, ValueError) as error:
+        raise ServeError(f"cannot load the model: {' '.join(str(error).split())}") from error
+    session = generator.session(reference_pixels(picture, generator.size), options.prompt, options.seed)
+    meter.startup_seconds = time.perf_counter() - began
+    meter.reconstruction_psnr = session.reconstruction_psnr
+    if session.reconstruction_psnr < generator.psnr_warning:
+        _say(
+            f"warning: the model reproduces {picture} at {session.reconstruction_psnr:.1f} dB, below "
+            f"{generator.psnr_warning:.1f} dB: it is unlike the faces of its training, so expect a poor likeness"
+        )
+
+    if source is None:
+        source = open_audio(options.audio, options.audio_rate)
+    fps = Fraction(generator.fps) if options.fps is None else Fraction(options.fps).limit_denominator(1001)
+    media = MediaFormat(options.size or generator.size, fps, output_channels(source))
+    progress = Progress(meter, None if total is None else frame_count(total, source.rate, fps))
+    realtime = options.realtime or options.over_rtp  # a network would lose what comes faster than it plays
+    output = _open_output(options, destination, media)
+    try:
+        Pipeline(source, generator, session, output, media, meter, progress, realtime).run()
+    finally:
+        output.discard()
+    return _conclude(options, meter)
+
+
+def _check_output(options: Options):
+    """Complains early; returns the destination of an RTP stream."""
+    if options.metrics is not None:
+        check_writable(options.metrics)
+    if options.over_rtp:
+        check_writable(options.sdp)
+        return parse_destination(options.output)
+    if options.output == "-":
+        check_stdout()
+    else:
+        check_file(Path(options.output))
+        with contextlib.suppress(OSError):
+            if options.audio != "-" and Path(options.output).samefile(options.audio):
+                raise ServeError(f"output {options.output} would replace the audio it is made from; give another name")
+    return None
+
+
+def _open_output(options: Options, destination, media: MediaFormat) -> Output:
+    if destination is not None:
+        output = RtpOutput(destination, options.sdp, media)
+        _say(f"sending; watch with: ffplay -protocol_whitelist file,udp,rtp {options.sdp}")
+        return output
+    if options.output == "-":
+        return PipeOutput(media, stdout_writer())
+    return FileOutput(Path(options.output), media)
+
+
+def _conclude(options: Options, meter: Meter) -> int:
+    if options.metrics is not None:
+        try:
+            meter.write(options.metrics)
+        except OSError as error:
+            raise ServeError(f"cannot write {options.metrics}: {error.strerror}") from error
+    if meter.end == "interrupted" and not meter.frames:
+        return _say_error("interrupted before the first frame; nothing was written", INTERRUPTED)
+    note = "" if meter.end == "finished" else f" ({meter.end})"
+    where = "" if options.output == "-" else f" -> {options.output}"
+    _say(
+        f"{meter.video_seconds:.2f} s of video in {meter.elapsed:.2f} s: {meter.frames / meter.elapsed:.1f} FPS, "
+        f"real-time factor {meter.real_time_factor:.2f}{where}{note}"
+    )
+    return 0
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt():
+    """SIGTERM ends a stream as Ctrl-C does. Only the main thread may say so."""
+    try:
+        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _say_error(text, status: int) -> int:
+    _say(f"error: {text}")
+    return status

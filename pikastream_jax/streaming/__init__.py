@@ -1,0 +1,1 @@
+"""The stream: explicit state, one jitted step, and the session around them."""

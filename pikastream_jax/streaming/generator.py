@@ -1,0 +1,168 @@
+"""The model ready to stream: weights loaded, the step compiled, sessions with plain NumPy in and out."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, UInt8
+
+from pikastream_jax.audio.slices import chunk_sample_counts, max_chunk_samples
+from pikastream_jax.dit.model import KeysValues
+from pikastream_jax.streaming.package import Package, load_package
+from pikastream_jax.streaming.state import StepInputs, StreamState, init_state, install_prompt, install_reference
+from pikastream_jax.streaming.step import ModelParams, generate_step
+
+PSNR_WARNING = 24.0  # dB; references of the training distribution are reproduced better than this
+
+
+class Generator:
+    """Holds the weights and the compiled programs. Sessions share it and nothing else."""
+
+    psnr_warning = PSNR_WARNING
+
+    def __init__(self, package: Package):
+        self.package = package
+        self.config = config = package.config
+        self.fps, self.size, self.sample_rate = config.stream.fps, config.stream.height, config.audio.sample_rate
+        self.chunk_frames = config.chunk_frames
+        models = package.models
+
+        def step(params: ModelParams, state: StreamState, inputs: StepInputs):
+            return generate_step(models, params, state, inputs)
+
+        def encode_reference(params: ModelParams, image: UInt8[Array, "h w 3"]):
+            vae = models.flash_vae.bind(params.flash_vae)
+            still = image.astype(jnp.float32) / 127.5 - 1.0
+            video = jnp.broadcast_to(still, (1, config.flash_vae.temporal_stride, *still.shape))
+            latents, _ = vae.encode(video)
+            error = jnp.mean((jnp.clip(vae.decode(latents), -1.0, 1.0) - video) ** 2)
+            normalised = params.statistics.normalise(latents[:, 0])
+            denoiser = models.denoiser.bind(params.denoiser)
+            return denoiser.dit.reference_keys_values(normalised), 10.0 * jnp.log10(4.0 / error)
+
+        def encode_prompt(params: ModelParams, tokens: Array, valid: Array):
+            return models.denoiser.bind(params.denoiser).text_conditions(tokens[None, None], valid[None, None])
+
+        def reconstruct(params: ModelParams, video: UInt8[Array, "t h w 3"]):
+            vae = models.flash_vae.bind(params.flash_vae)
+            frames = video.astype(jnp.float32) / 127.5 - 1.0
+            grouped = frames.reshape(-1, 1, config.flash_vae.temporal_stride, *frames.shape[1:])
+            rows, columns = config.flash_vae.grid(*frames.shape[1:3])
+
+            def one(caches, frames):
+                encoder, (mean, _) = vae.encode_step(caches[0], frames)
+                decoder, out = vae.decode_step(caches[1], mean)
+                return (encoder, decoder), out
+
+            caches = vae.init_encode_cache(1, rows, columns), vae.init_decode_cache(1, rows, columns)
+            _, out = jax.lax.scan(one, caches, grouped)
+            return jnp.round((jnp.clip(out.reshape(frames.shape), -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
+
+        # The step alone is donated its state: installing a reference or a prompt happens between two chunks.
+        self._step = jax.jit(step, donate_argnums=1)
+        self._encode_reference = jax.jit(encode_reference)
+        self._encode_prompt = jax.jit(encode_prompt)
+        self._reconstruct = jax.jit(reconstruct)
+
+    def chunk_samples(self, index: int) -> int:
+        """Samples that chunk `index` (from 0) takes; computed from the count, so the clock never drifts."""
+        return sum(chunk_sample_counts(self.config, index * self.config.stream.chunk))
+
+    def session(self, image: UInt8[np.ndarray, "h w 3"], prompt: str, seed: int) -> "Session":
+        """A new stream of one face.
+
+        Args:
+          image: the reference, of the generator's size.
+          prompt: expression, gaze, head motion; may be empty.
+          seed: of everything that sound and prompt leave open: head motion, blinks.
+
+        Raises:
+          ValueError: the picture has another size.
+        """
+        return Session(self, image, prompt, seed)
+
+    def encode_reference(self, image: UInt8[np.ndarray, "h w 3"]) -> tuple[KeysValues, float]:
+        """A reference's keys and values, and how well FlashVAE reproduces it, in dB."""
+        expected = (self.config.stream.height, self.config.stream.width, 3)
+        if image.shape != expected:
+            raise ValueError(f"the reference has shape {image.shape}, the model takes {expected}: resize it first")
+        keys_values, psnr = self._encode_reference(self.package.params, jnp.asarray(image))
+        return keys_values, float(psnr)
+
+    def encode_prompt(self, prompt: str) -> tuple[KeysValues, Array]:
+        """A prompt's keys and values, and how many tokens count."""
+        tokens, valid = self.package.tokenizer.encode(prompt)
+        return self._encode_prompt(self.package.params, jnp.asarray(tokens), jnp.asarray(valid))
+
+    def run_step(self, state: StreamState, inputs: StepInputs) -> tuple[StreamState, UInt8[Array, "b t h w 3"]]:
+        """The compiled step; `state` is donated."""
+        return self._step(self.package.params, state, inputs)
+
+    def compiled_steps(self) -> int:
+        """How often the step was compiled; 1 for ever once warm."""
+        return self._step._cache_size()
+
+    def reconstruct(self, video: UInt8[np.ndarray, "t h w 3"]) -> UInt8[np.ndarray, "t h w 3"]:
+        """Video through FlashVAE's encoder and streaming decoder; t is a multiple of the temporal stride."""
+        return np.asarray(self._reconstruct(self.package.params, jnp.asarray(video)))
+
+    def warm_up(self) -> None:
+        """Compiles the step before the first sound arrives."""
+        config = self.config
+        inputs = StepInputs(
+            jnp.zeros((1, max_chunk_samples(config))), jnp.asarray([chunk_sample_counts(config, 0)], jnp.int32)
+        )
+        jax.block_until_ready(self.run_step(init_state(config, 1), inputs))
+
+
+class Session:
+    """One stream: its state, and how many chunks it has made."""
+
+    def __init__(self, generator: Generator, image: UInt8[np.ndarray, "h w 3"], prompt: str, seed: int):
+        self._generator = generator
+        self._chunk = 0
+        reference, self.reconstruction_psnr = generator.encode_reference(image)
+        state = install_reference(init_state(generator.config, 1), reference)
+        state = install_prompt(state, *generator.encode_prompt(prompt))
+        rng = jax.random.key_data(jax.random.key(seed))[None]
+        self._state = dataclasses.replace(state, rng=rng)
+
+    def step(self, audio: Float32[np.ndarray, " n"]) -> UInt8[np.ndarray, "t h w 3"]:
+        """The next chunk of sound -> its frames, in host memory.
+
+        Args:
+          audio: `generator.chunk_samples(index)` samples of mono sound in [-1, 1].
+
+        Raises:
+          ValueError: another number of samples.
+        """
+        config = self._generator.config
+        counts = chunk_sample_counts(config, self._chunk * config.stream.chunk)
+        if len(audio) != sum(counts):
+            raise ValueError(f"chunk {self._chunk} takes {sum(counts)} samples, got {len(audio)}")
+        padded = np.zeros((1, max_chunk_samples(config)), np.float32)
+        padded[0, : len(audio)] = audio
+        inputs = StepInputs(jnp.asarray(padded), jnp.asarray([counts], jnp.int32))
+        self._state, frames = self._generator.run_step(self._state, inputs)
+        self._chunk += 1
+        return np.asarray(frames[0])
+
+
+def load_generator(weights: Path | None = None) -> Generator:
+    """The generator of a weights file, the shipped one by default, with the step compiled.
+
+    Compiled programs are kept in `JAX_COMPILATION_CACHE_DIR` or the user's cache folder, so the next start is quick.
+
+    Raises:
+      FileNotFoundError, ValueError: see `load_package`.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(home / "pikastream-jax"))
+    generator = Generator(load_package(weights))
+    generator.warm_up()
+    return generator
+

@@ -1,0 +1,73 @@
+"""The one file that a stream needs: weights of all models, latent statistics, vocabulary and the preset they belong to."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from configs import preset
+from pikastream_jax.config import Config
+from pikastream_jax.flash_vae.latents import LatentStatistics
+from pikastream_jax.streaming.step import ModelParams, Models
+from pikastream_jax.text import Tokenizer
+from pikastream_jax.weights import safetensors_io
+
+ASSETS = Path(__file__).parent.parent / "assets"
+SHIPPED = ASSETS / "tiny.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Package:
+    """What `load_package` reads."""
+
+    models: Models
+    params: ModelParams
+    tokenizer: Tokenizer
+    metadata: dict[str, Any]  # how the weights were made: commands, seeds, updates
+
+    @property
+    def config(self) -> Config:
+        return self.models.config
+
+
+def save_package(path: Path, config: Config, params: ModelParams, tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
+    """Writes the file, weights in bfloat16."""
+    tree = {
+        "denoiser": params.denoiser,
+        "flash_vae": params.flash_vae,
+        "statistics": {"mean": params.statistics.mean, "std": params.statistics.std},
+    }
+    record = {"config": dataclasses.asdict(config), "words": list(tokenizer.words), "made": metadata}
+    safetensors_io.save(path, tree, {"pikastream": json.dumps(record)})
+
+
+def load_package(path: Path | None = None) -> Package:
+    """Reads a file written by `save_package`; the shipped one when `path` is None.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is no package, or its sizes are not those of its preset.
+    """
+    path = SHIPPED if path is None else Path(path)
+    loaded, header = safetensors_io.load(path)
+    if "pikastream" not in header:
+        raise ValueError(f"{path} holds no pikastream-jax model: make one with `python -m pikastream_jax.training.export`")
+    record = json.loads(header["pikastream"])
+    config = preset(record["config"]["name"])
+    stored, present = record["config"], dataclasses.asdict(config)
+    for part in ("audio", "text", "flash_vae", "dit"):
+        if stored[part] != present[part]:
+            raise ValueError(f"{path} was made for {part} {stored[part]}, but the preset {config.name!r} has {present[part]}")
+    models = Models.of(config)
+    statistics = safetensors_io.restore_into(
+        {"mean": jnp.zeros(config.dit.latent_channels), "std": jnp.zeros(config.dit.latent_channels)},
+        loaded.pop("statistics"),
+    )
+    params = ModelParams(
+        safetensors_io.restore_into(models.denoiser.abstract, loaded.get("denoiser", {})),
+        safetensors_io.restore_into(models.flash_vae.abstract, loaded.get("flash_vae", {})),
+        LatentStatistics(**statistics),
+    )
+    return Package(models, params, Tokenizer(record["words"], config.text.length), record["made"])

@@ -1,0 +1,91 @@
+"""Everything that changes while a stream runs, as one pytree whose shapes never change.
+
+All of it starts as zeros plus counts, so the first chunk and the millionth are the same program. Counters and random keys are per
+batch row: rows may belong to different sessions.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt32
+
+from pikastream_jax.config import Config
+from pikastream_jax.dit.model import KeysValues
+from pikastream_jax.flash_vae import KVCache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StreamState:
+    """State of `b` streams. Slots of the DiT's cache: reference | sink | ring, whole latent frames of n tokens each."""
+
+    dit_k: Float[Array, "layers b slots h e"]  # slots = (1 + sink + W) n; keys before RoPE
+    dit_v: Float[Array, "layers b slots h e"]
+    text: KeysValues  # [layers, b, 1, length, h, e]
+    text_valid: Int[Array, "b 1"]
+    vae: KVCache  # FlashVAE decoder's window
+    audio: Float[Array, "b context"]  # the last samples heard
+    sink_count: Int[Array, "b"]  # latent frames in the sink
+    ring_count: Int[Array, "b"]  # latent frames ever written to the ring
+    chunk_count: Int[Array, "b"]  # chunks generated
+    rng: UInt32[Array, "b 2"]  # key data; a chunk's noise is folded from it and chunk_count
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepInputs:
+    """What a chunk needs from outside."""
+
+    audio: Float[Array, "b m"]  # the chunk's new samples, padded at the end
+    samples: Int[Array, "b f"]  # how many of them each latent frame adds
+
+
+def init_state(config: Config, batch: int, dtype=jnp.float32) -> StreamState:
+    """The start of a stream, before a reference and a prompt are installed."""
+    dit, text, stream = config.dit, config.text, config.stream
+    n = config.tokens_per_frame
+    slots = (1 + stream.sink + stream.window) * n
+    cache = (dit.blocks, batch, slots, dit.heads, dit.head_dim)
+    prompt = (dit.blocks, batch, 1, text.length, dit.heads, dit.head_dim)
+    rows, columns = config.latent_grid
+    vae = config.flash_vae
+    decoder = (
+        vae.decoder_blocks,
+        batch,
+        vae.window * rows * columns,
+        vae.decoder_kv_heads,
+        vae.decoder_dim // vae.decoder_heads,
+    )
+
+    def count():  # separate buffers: one buffer can't be donated twice
+        return jnp.zeros(batch, jnp.int32)
+
+    return StreamState(
+        dit_k=jnp.zeros(cache, dtype),
+        dit_v=jnp.zeros(cache, dtype),
+        text=KeysValues(jnp.zeros(prompt, dtype), jnp.zeros(prompt, dtype)),
+        text_valid=jnp.ones((batch, 1), jnp.int32),
+        vae=KVCache(jnp.zeros(decoder, dtype), jnp.zeros(decoder, dtype), count()),
+        audio=jnp.zeros((batch, config.audio.context_samples)),
+        sink_count=count(),
+        ring_count=count(),
+        chunk_count=count(),
+        rng=jnp.zeros((batch, 2), jnp.uint32),
+    )
+
+
+def install_reference(state: StreamState, reference: KeysValues) -> StreamState:
+    """Overwrites the reference's rows [layers, b, n, h, e] and empties the sink, which still shows the old face."""
+    n = reference.k.shape[2]
+    return dataclasses.replace(
+        state,
+        dit_k=state.dit_k.at[:, :, :n].set(reference.k),
+        dit_v=state.dit_v.at[:, :, :n].set(reference.v),
+        sink_count=jnp.zeros_like(state.sink_count),
+    )
+
+
+def install_prompt(state: StreamState, text: KeysValues, valid: Int[Array, "b 1"]) -> StreamState:
+    """Overwrites the prompt's keys and values."""
+    return dataclasses.replace(state, text=text, text_valid=valid)

@@ -1,0 +1,151 @@
+"""One chunk: sound in, video frames out. `step` is the only program that runs while a stream is live."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+from pikastream_jax.audio.slices import chunk_slices
+from pikastream_jax.config import Config
+from pikastream_jax.diffusion.flow import solver_timesteps
+from pikastream_jax.dit import Denoiser
+from pikastream_jax.dit.model import Conditions, KeysValues
+from pikastream_jax.flash_vae import FlashVAE
+from pikastream_jax.flash_vae.latents import LatentStatistics
+from pikastream_jax.nn.layers import Functional, Params, functional
+from pikastream_jax.nn.ring import ring_ages
+from pikastream_jax.nn.rope import grid_positions, rope_tables, rotate
+from pikastream_jax.streaming.state import StepInputs, StreamState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ModelParams:
+    """All weights that a stream needs."""
+
+    denoiser: Params
+    flash_vae: Params
+    statistics: LatentStatistics
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """The graphs of both models, apart from their weights."""
+
+    config: Config
+    denoiser: Functional
+    flash_vae: Functional
+
+    @classmethod
+    def of(cls, config: Config) -> "Models":
+        return cls(
+            config,
+            functional(lambda rngs: Denoiser(config, rngs=rngs)),
+            functional(lambda rngs: FlashVAE(config.flash_vae, rngs=rngs)),
+        )
+
+
+def slot_times(config: Config, ring_count: Int[Array, "b"]) -> Float[Array, "b g"]:
+    """Place in time of every cached latent frame (reference | sink | ring), relative to the chunk's last latent frame.
+
+    Relative places never grow, so a stream may last for ever.
+    """
+    stream = config.stream
+    first = 1 - stream.chunk  # the chunk's first latent frame
+    reference = jnp.full((ring_count.shape[0], 1), stream.reference_distance)
+    sink = first - stream.window - stream.sink + jnp.arange(stream.sink)  # right before the window
+    sink = jnp.broadcast_to(sink, (ring_count.shape[0], stream.sink))
+    return jnp.concatenate([reference, sink, first - ring_ages(ring_count, stream.window)], axis=1).astype(jnp.float32)
+
+
+def write_chunk(config: Config, state: StreamState, chunk: KeysValues) -> StreamState:
+    """Stores a chunk's keys and values: in the sink while that has room, else over the ring's oldest."""
+    stream, n = config.stream, config.tokens_per_frame
+    to_sink = state.sink_count < stream.sink
+    slot = 1 + jnp.where(to_sink, state.sink_count, stream.sink + state.ring_count % stream.window)
+
+    def write(cache, rows):
+        def one(cache, rows, slot):
+            return jax.lax.dynamic_update_slice(cache, rows.astype(cache.dtype), (0, slot * n, 0, 0))
+
+        return jax.vmap(one, in_axes=(1, 1, 0), out_axes=1)(cache, rows, slot)
+
+    return dataclasses.replace(
+        state,
+        dit_k=write(state.dit_k, chunk.k),
+        dit_v=write(state.dit_v, chunk.v),
+        sink_count=state.sink_count + jnp.where(to_sink, stream.chunk, 0),
+        ring_count=state.ring_count + jnp.where(to_sink, 0, stream.chunk),
+    )
+
+
+def denoise_chunk(
+    models: Models, params: Params, state: StreamState, conditions: Conditions, noise: Float[Array, "b f r c z"]
+) -> tuple[StreamState, Float[Array, "b f r c z"]]:
+    """Few-step Euler from noise to normalised latents, then the cache takes the last step's keys and values."""
+    config = models.config
+    stream, n = config.stream, config.tokens_per_frame
+    denoiser = models.denoiser.bind(params)
+    b, f = noise.shape[:2]
+
+    # The cached keys are turned to their places relative to this chunk once; all denoising steps read the turned copy.
+    rows, columns = config.token_grid
+    places = grid_positions(slot_times(config, state.ring_count), rows, columns)
+    cache = KeysValues(rotate(state.dit_k, rope_tables(*places, config.dit.head_dim)), state.dit_v)
+    forward = dict(
+        fixed_slots=(1 + stream.sink) * n,
+        fixed_valid=(1 + state.sink_count) * n,
+        ring_valid=jnp.minimum(state.ring_count, stream.window) * n,
+    )
+
+    timesteps = solver_timesteps(stream.steps, stream.shift)
+
+    def euler(carry, times):
+        x, _ = carry
+        t, t_next = times
+        velocity, own = denoiser.dit.forward_chunk(x, jnp.full((b, f), t), conditions, cache, **forward)
+        return (x + (t_next - t) * velocity, own), None
+
+    own = jax.eval_shape(lambda x: denoiser.dit.forward_chunk(x, jnp.ones((b, f)), conditions, cache, **forward)[1], noise)
+    start = (noise, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), own))
+    (latents, own), _ = jax.lax.scan(euler, start, (timesteps[:-1], timesteps[1:]))
+    if stream.clean_pass:
+        _, own = denoiser.dit.forward_chunk(latents, jnp.zeros((b, f)), conditions, cache, **forward)
+    return write_chunk(config, state, own), latents
+
+
+def generate_step(
+    models: Models, params: ModelParams, state: StreamState, inputs: StepInputs
+) -> tuple[StreamState, UInt8[Array, "b t h w 3"]]:
+    """One chunk of every stream: its new samples in, its video frames out."""
+    config = models.config
+    denoiser = models.denoiser.bind(params.denoiser)
+    audio, slices = chunk_slices(state.audio, inputs.audio, inputs.samples, config.audio.context_samples)
+    conditions = Conditions(
+        state.text, state.text_valid, denoiser.dit.audio_keys_values(denoiser.audio.from_samples(slices))
+    )
+
+    rows, columns = config.latent_grid
+    shape = (config.stream.chunk, rows, columns, config.flash_vae.latent_channels)
+
+    def chunk_noise(rng, count):
+        return jax.random.normal(jax.random.fold_in(jax.random.wrap_key_data(rng), count), shape)
+
+    noise = jax.vmap(chunk_noise)(state.rng, state.chunk_count)
+    state, latents = denoise_chunk(models, params.denoiser, state, conditions, noise)
+
+    vae = models.flash_vae.bind(params.flash_vae)
+    cache, frames = jax.lax.scan(vae.decode_step, state.vae, params.statistics.restore(latents).swapaxes(0, 1))
+    frames = frames.swapaxes(0, 1).reshape(slices.shape[0], -1, *frames.shape[3:])
+    pixels = jnp.round((jnp.clip(frames, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
+    return dataclasses.replace(state, vae=cache, audio=audio, chunk_count=state.chunk_count + 1), pixels
+
+
+def generate_clip(
+    models: Models, params: ModelParams, state: StreamState, inputs: StepInputs
+) -> tuple[StreamState, UInt8[Array, "b t h w 3"]]:
+    """A long clip offline: `lax.scan` of the same step; every leaf of `inputs` has the chunks as its leading axis."""
+    state, frames = jax.lax.scan(lambda state, one: generate_step(models, params, state, one), state, inputs)
+    frames = frames.swapaxes(0, 1)
+    return state, frames.reshape(frames.shape[0], -1, *frames.shape[3:])

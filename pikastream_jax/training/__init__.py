@@ -1,0 +1,1 @@
+"""Training: one file per stage, over a shared loop, optimiser, checkpoints and metrics."""

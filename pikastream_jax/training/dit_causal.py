@@ -1,0 +1,159 @@
+"""Causal adaptation: the bidirectional teacher becomes a chunk-by-chunk student that works in few steps.
+
+Two copies of the sequence: the context copy stands at the last timestep of the solver, because the keys and values that inference
+caches are those of its last denoising step; the query copy stands at one of the solver's timesteps, one per chunk. A query chunk
+sees earlier context chunks and itself, a context chunk earlier context and itself; chunk sizes are random per sequence.
+
+The regression target is the data itself (teacher forcing), not yet the teacher's trajectory.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pikastream_jax.config import Config
+from pikastream_jax.diffusion.flow import interpolate, solver_timesteps
+from pikastream_jax.dit import Denoiser
+from pikastream_jax.dit.model import Conditions
+from pikastream_jax.nn.layers import Functional, Params, functional
+from pikastream_jax.streaming.state import init_state, install_reference
+from pikastream_jax.streaming.step import Models, denoise_chunk
+from pikastream_jax.training.checkpoint import load_weights
+from pikastream_jax.training.dit_data import DiTBatch, draw_batch, load_data, weighted_velocity_loss
+from pikastream_jax.training.loop import Stage, TrainState
+from pikastream_jax.training.optimiser import OptimiserConfig, ema_update, make_optimiser
+from pikastream_jax.training.previews import save_preview
+from pikastream_jax.weights.safetensors_io import restore_into
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalConfig:
+    """Settings of the stage."""
+
+    batch: int = 6
+    latent_frames: int = 9
+    ema: float = 0.99
+    optimiser: OptimiserConfig = OptimiserConfig(learning_rate=7e-4, warmup_steps=30, decay="linear")
+
+
+def random_chunks(key: Array, batch: int, frames: int, largest: int) -> Int[Array, "b f"]:
+    """Chunk of every latent frame: the largest size in two sequences of three, else any size up to it."""
+    k_any, k_size = jax.random.split(key)
+    size = jax.random.randint(k_size, (batch, 1), 1, largest + 1)
+    size = jnp.where(jax.random.uniform(k_any, (batch, 1)) < 2 / 3, largest, size)
+    return jnp.arange(frames) // size
+
+
+def causal_loss(
+    config: Config, model: Functional, params: Params, batch: DiTBatch, key: Array, chunk_ids: Int[Array, "b f"]
+) -> Float[Array, ""]:
+    """Velocity error of the query copy."""
+    k_step, k_context, k_query, k_distance = jax.random.split(key, 4)
+    b, f = chunk_ids.shape
+    times = jnp.asarray(solver_timesteps(config.stream.steps, config.stream.shift))
+    step_of_chunk = jax.random.randint(k_step, (b, f), 0, config.stream.steps)
+    t_query = times[jnp.take_along_axis(step_of_chunk, chunk_ids, axis=1)]
+    t_context = jnp.full((b, f), times[config.stream.steps - 1])
+    context_noise = jax.random.normal(k_context, batch.latents.shape)
+    query_noise = jax.random.normal(k_query, batch.latents.shape)
+    x = jnp.concatenate(
+        [interpolate(batch.latents, context_noise, t_context), interpolate(batch.latents, query_noise, t_query)], axis=1
+    )
+    denoiser = model.bind(params)
+    text, valid = denoiser.text_conditions(batch.tokens[:, None], batch.valid[:, None])
+    once = denoiser.conditions(text, valid, batch.mel, batch.keep_audio)
+    twice = dataclasses.replace(once, audio=jax.tree.map(lambda kv: jnp.concatenate([kv, kv], axis=2), once.audio))
+    velocity = denoiser.dit.forward_sequence(
+        x,
+        jnp.concatenate([t_context, t_query], axis=1),
+        twice,
+        denoiser.dit.reference_keys_values(batch.reference),
+        chunk_ids=chunk_ids,
+        window=config.stream.window,
+        reference_distance=jax.random.randint(k_distance, (b,), 4, 31).astype(jnp.float32),
+        copies=2,
+    )
+    return weighted_velocity_loss(velocity[:, f:], batch.latents, query_noise, batch.weight)
+
+
+def sample_causal(
+    config: Config, model: Functional, params: Params, batch: DiTBatch, key: Array
+) -> Float[Array, "b f r c z"]:
+    """Rolls the student out with the inference code itself; frames must be whole chunks."""
+    models = Models.of(config)
+    b, f = batch.latents.shape[:2]
+    denoiser = model.bind(params)
+    state = install_reference(init_state(config, b), denoiser.dit.reference_keys_values(batch.reference))
+    text, valid = denoiser.text_conditions(batch.tokens[:, None], batch.valid[:, None])
+    size = config.stream.chunk
+    chunks = []
+    for first in range(0, f, size):
+        audio = denoiser.dit.audio_keys_values(denoiser.audio(batch.mel[:, first : first + size]))
+        noise = jax.random.normal(jax.random.fold_in(key, first), (b, size, *batch.latents.shape[2:]))
+        state, latents = denoise_chunk(models, params, state, Conditions(text, valid, audio), noise)
+        chunks.append(latents)
+    return jnp.concatenate(chunks, axis=1)
+
+
+def build(config: Config, seed: int, init: dict[str, Path], updates: int = 700) -> Stage:
+    """The stage. `init` names `clips`, `flash_vae` (for pictures) and `denoiser`, the pre-trained teacher."""
+    settings = CausalConfig()
+    model = functional(lambda rngs: Denoiser(config, rngs=rngs))
+    optimiser = make_optimiser(model.abstract, settings.optimiser, updates)
+
+    def initial_state() -> TrainState:
+        if "denoiser" not in init:
+            raise ValueError("dit_causal starts from a trained teacher: give --init denoiser=RUN_OR_FILE")
+        params = restore_into(model.abstract, load_weights(init["denoiser"]))
+        return TrainState(jnp.zeros((), jnp.int32), params, optimiser.init(params), params, {})
+
+    def update(state: TrainState, key: Array, data: dict) -> tuple[TrainState, dict]:
+        k_data, k_chunks, k_loss = jax.random.split(key, 3)
+        batch = draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames)
+        chunk_ids = random_chunks(k_chunks, settings.batch, settings.latent_frames, config.stream.chunk)
+        value, gradient = jax.value_and_grad(lambda p: causal_loss(config, model, p, batch, k_loss, chunk_ids))(state.params)
+        updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
+        params = jax.tree.map(jnp.add, state.params, updates)
+        ema = ema_update(state.ema, params, state.step, settings.ema)
+        return TrainState(state.step, params, opt_state, ema, state.extra), {"loss": value}
+
+    data = functools.cache(lambda: load_data(init["clips"]))
+
+    @jax.jit
+    def held_out(params, data):
+        batch = draw_batch(config, data, "held_out", jax.random.key(0), 24, settings.latent_frames, train=False)
+        chunk_ids = jnp.broadcast_to(jnp.arange(settings.latent_frames) // config.stream.chunk, (24, settings.latent_frames))
+        return causal_loss(config, model, params, batch, jax.random.key(1), chunk_ids)
+
+    @jax.jit
+    def roll_out(params, data):
+        batch = draw_batch(config, data, "held_out", jax.random.key(0), 4, settings.latent_frames, train=False)
+        return batch.latents, sample_causal(config, model, params, batch, jax.random.key(2))
+
+    def sample(state: TrainState, path: Path) -> None:
+        truth, generated = roll_out(state.ema, data())
+        save_preview(config, init, path, np.asarray(truth), np.asarray(generated))
+
+    return Stage(
+        name="dit_causal",
+        total_steps=updates,
+        seed=seed,
+        init=initial_state,
+        update=update,
+        data=data,
+        config={
+            "preset": config.name,
+            "dit": dataclasses.asdict(config.dit),
+            "stream": dataclasses.asdict(config.stream),
+            "stage": dataclasses.asdict(settings),
+        },
+        evaluate=lambda state: {"loss": float(held_out(state.ema, data()))},
+        evaluate_every=100,
+        sample=sample,
+        sample_every=200,
+    )

@@ -1,0 +1,100 @@
+"""Batches for the DiT's stages: random windows of the prepared clips with their sound, captions and references."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pikastream_jax.config import Config
+from pikastream_jax.data.corpus import audio_slices, augment, load_corpus, window
+from pikastream_jax.training.clips import SPEECH, load_clips
+from pikastream_jax.training.losses import region_weights
+
+REGION_WEIGHTS = (5.0, 1.5)  # what the boxes of mouth and eyes add to a latent's weight of 1: they are small and they matter
+DROP = 0.1  # share of rows that lose text, audio or reference, each on its own
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DiTBatch:
+    """One batch, clean."""
+
+    latents: Float[Array, "b f r c z"]
+    reference: Float[Array, "b r c z"]
+    mel: Float[Array, "b f m k"]  # every latent frame's slice
+    tokens: Int[Array, "b l"]
+    valid: Int[Array, "b"]
+    keep_audio: Bool[Array, "b"]
+    weight: Float[Array, "b f r c"]  # of the loss; mean 1
+
+
+def load_data(clips: Path, speech: Path = SPEECH) -> dict[str, Any]:
+    """Everything a stage draws from: training and held-out clips, and the corpus."""
+    corpus = load_corpus(speech)
+    return {
+        "train": load_clips(clips, "train"),
+        "held_out": load_clips(clips, "held_out"),
+        "mel": corpus.mel,
+        "tracks": corpus.tracks,
+    }
+
+
+def draw_batch(
+    config: Config, data: dict[str, Any], split: str, key: Array, batch: int, frames: int, *, train: bool = True
+) -> DiTBatch:
+    """Random windows of `frames` latent frames.
+
+    Args:
+      train: augment the sound and drop conditions; otherwise clips are taken in order, from their start.
+    """
+    clips = data[split]
+    count, length = clips.latents.shape[:2]
+    k_clip, k_offset, k_augment, k_drop = jax.random.split(key, 4)
+    if train:
+        index = jax.random.randint(k_clip, (batch,), 0, count)
+        offset = jax.random.randint(k_offset, (batch,), 0, length - frames + 1)
+    else:
+        index, offset = jnp.arange(batch) % count, jnp.zeros(batch, jnp.int32)
+
+    def one(index, offset, key):
+        latents = jax.lax.dynamic_slice_in_dim(clips.latents[index], offset, frames)
+        boxes = jax.lax.dynamic_slice_in_dim(clips.boxes[index], offset, frames)
+        mel, _ = window(data["mel"], data["tracks"], clips.speech_start[index] + offset, frames, config.audio.mel_frames)
+        if train:
+            mel = augment(mel, key, config.audio)
+        return latents, boxes, audio_slices(mel, frames, config.audio.mel_frames)
+
+    latents, boxes, mel = jax.vmap(one)(index, offset, jax.random.split(k_augment, batch))
+    rows, columns = config.latent_grid
+    weight = region_weights(_latent_boxes(boxes, config.flash_vae.spatial_stride), rows, columns, REGION_WEIGHTS)
+    keep = jax.random.uniform(k_drop, (3, batch)) >= (DROP if train else 0.0)
+    reference = clips.reference[index].astype(jnp.float32)
+    return DiTBatch(
+        latents=latents.astype(jnp.float32),
+        reference=jnp.where(keep[0][:, None, None, None], reference, 0.0),
+        mel=mel,
+        tokens=clips.tokens[index],
+        valid=jnp.where(keep[1], clips.valid[index], 1),  # the start token alone is the empty prompt
+        keep_audio=keep[2],
+        weight=weight / jnp.mean(weight, axis=(2, 3), keepdims=True),
+    )
+
+
+def _latent_boxes(boxes: Float[Array, "*b n 4"], stride: int) -> Float[Array, "*b n 4"]:
+    """Boxes in latents that hold every latent the pixel box touches."""
+    low, high = jnp.floor(boxes[..., :2] / stride), jnp.ceil(boxes[..., 2:] / stride)
+    return jnp.concatenate([low, high], axis=-1)
+
+
+def weighted_velocity_loss(
+    velocity: Float[Array, "b f r c z"],
+    clean: Float[Array, "b f r c z"],
+    noise: Float[Array, "b f r c z"],
+    weight: Float[Array, "b f r c"],
+) -> Float[Array, ""]:
+    """Flow matching: squared error against noise - clean, weighted per latent."""
+    error = velocity - (noise - clean)
+    return jnp.mean(weight * jnp.mean(error * error, axis=-1))

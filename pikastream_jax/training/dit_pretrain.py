@@ -1,0 +1,139 @@
+"""DiT pre-training: bidirectional flow matching with condition dropout, so that guidance works later."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pikastream_jax.config import Config
+from pikastream_jax.diffusion.flow import interpolate, logit_normal_timesteps, solver_timesteps
+from pikastream_jax.dit import Denoiser
+from pikastream_jax.nn.layers import Functional, Params, functional, initial_params
+from pikastream_jax.training.checkpoint import load_weights
+from pikastream_jax.training.dit_data import DiTBatch, draw_batch, load_data, weighted_velocity_loss
+from pikastream_jax.training.loop import Stage, TrainState
+from pikastream_jax.training.optimiser import OptimiserConfig, ema_update, make_optimiser
+from pikastream_jax.training.previews import save_preview
+from pikastream_jax.weights.safetensors_io import restore_into
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """Settings of the stage."""
+
+    batch: int = 8
+    latent_frames: int = 9
+    shift: float = 1.5  # of the logit-normal timesteps
+    ema: float = 0.995
+    optimiser: OptimiserConfig = OptimiserConfig(learning_rate=1.5e-3, warmup_steps=100, decay="linear")
+
+
+def bidirectional_velocity(
+    model: Functional,
+    params: Params,
+    batch: DiTBatch,
+    x: Float[Array, "b f r c z"],
+    t: Float[Array, "b f"],
+    distance: Float[Array, "b"],
+) -> Float[Array, "b f r c z"]:
+    """The teacher's velocity: every latent frame sees every other."""
+    denoiser = model.bind(params)
+    text, valid = denoiser.text_conditions(batch.tokens[:, None], batch.valid[:, None])
+    b, f = t.shape
+    return denoiser.dit.forward_sequence(
+        x,
+        t,
+        denoiser.conditions(text, valid, batch.mel, batch.keep_audio),
+        denoiser.dit.reference_keys_values(batch.reference),
+        chunk_ids=jnp.zeros((b, f), jnp.int32),
+        window=f,
+        reference_distance=distance,
+    )
+
+
+def sample_bidirectional(
+    model: Functional, params: Params, batch: DiTBatch, key: Array, steps: int, shift: float, distance: float
+) -> Float[Array, "b f r c z"]:
+    """Euler from noise to clean latents."""
+    times = solver_timesteps(steps, shift)
+
+    def euler(x, pair):
+        t, t_next = pair
+        velocity = bidirectional_velocity(
+            model, params, batch, x, jnp.full(x.shape[:2], t), jnp.full(x.shape[:1], distance)
+        )
+        return x + (t_next - t) * velocity, None
+
+    start = jax.random.normal(key, batch.latents.shape)
+    return jax.lax.scan(euler, start, (times[:-1], times[1:]))[0]
+
+
+def build(config: Config, seed: int, init: dict[str, Path], updates: int = 1_000) -> Stage:
+    """The stage. `init` names `clips` and `flash_vae` (for pictures), and may name a `denoiser` to start from."""
+    settings = PretrainConfig()
+
+    def build_model(rngs):
+        return Denoiser(config, rngs=rngs)
+
+    model = functional(build_model)
+    optimiser = make_optimiser(model.abstract, settings.optimiser, updates)
+
+    def initial_state() -> TrainState:
+        if "denoiser" in init:
+            params = restore_into(model.abstract, load_weights(init["denoiser"]))
+        else:
+            params = initial_params(build_model, jax.random.key(seed))
+        return TrainState(jnp.zeros((), jnp.int32), params, optimiser.init(params), params, {})
+
+    def loss(params: Params, batch: DiTBatch, key: Array) -> Float[Array, ""]:
+        k_t, k_noise, k_distance = jax.random.split(key, 3)
+        b, f = batch.latents.shape[:2]
+        t = jnp.broadcast_to(logit_normal_timesteps(k_t, (b, 1), settings.shift), (b, f))
+        noise = jax.random.normal(k_noise, batch.latents.shape)
+        distance = jax.random.randint(k_distance, (b,), 4, 31).astype(jnp.float32)
+        velocity = bidirectional_velocity(model, params, batch, interpolate(batch.latents, noise, t), t, distance)
+        return weighted_velocity_loss(velocity, batch.latents, noise, batch.weight)
+
+    def update(state: TrainState, key: Array, data: dict) -> tuple[TrainState, dict]:
+        k_data, k_loss = jax.random.split(key)
+        batch = draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames)
+        value, gradient = jax.value_and_grad(loss)(state.params, batch, k_loss)
+        updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
+        params = jax.tree.map(jnp.add, state.params, updates)
+        ema = ema_update(state.ema, params, state.step, settings.ema)
+        return TrainState(state.step, params, opt_state, ema, state.extra), {"loss": value}
+
+    data = functools.cache(lambda: load_data(init["clips"]))
+
+    @jax.jit
+    def held_out_loss(params, data):
+        batch = draw_batch(config, data, "held_out", jax.random.key(0), 24, settings.latent_frames, train=False)
+        return loss(params, batch, jax.random.key(1))
+
+    @jax.jit
+    def sample_clip(params, data):
+        batch = draw_batch(config, data, "held_out", jax.random.key(0), 4, settings.latent_frames, train=False)
+        distance = float(config.stream.reference_distance)
+        return batch.latents, sample_bidirectional(model, params, batch, jax.random.key(2), 12, settings.shift, distance)
+
+    def sample(state: TrainState, path: Path) -> None:
+        truth, generated = sample_clip(state.ema, data())
+        save_preview(config, init, path, np.asarray(truth), np.asarray(generated))
+
+    return Stage(
+        name="dit_pretrain",
+        total_steps=updates,
+        seed=seed,
+        init=initial_state,
+        update=update,
+        data=data,
+        config={"preset": config.name, "dit": dataclasses.asdict(config.dit), "stage": dataclasses.asdict(settings)},
+        evaluate=lambda state: {"loss": float(held_out_loss(state.ema, data()))},
+        evaluate_every=100,
+        sample=sample,
+        sample_every=200,
+    )

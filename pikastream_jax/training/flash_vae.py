@@ -1,0 +1,169 @@
+"""FlashVAE's stages: low-resolution pre-training on crops, then streaming at full size through the decoder's rolling cache."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pikastream_jax.config import Config
+from pikastream_jax.flash_vae import FlashVAE
+from pikastream_jax.nn.layers import Functional, Params, functional, initial_params
+from pikastream_jax.training.checkpoint import load_weights
+from pikastream_jax.training.faces import FaceBatch, face_batch
+from pikastream_jax.training.loop import Stage, TrainState
+from pikastream_jax.training.losses import psnr, reconstruction_loss, region_weights
+from pikastream_jax.training.optimiser import OptimiserConfig, ema_update, make_optimiser
+from pikastream_jax.training.pictures import save_rows
+from pikastream_jax.weights.safetensors_io import restore_into
+
+HELD_OUT_SEED = 1_000_003  # identities and motions of the held-out batches; training keys are folded from the run's seed
+REGION_WEIGHTS = (6.0, 2.0)  # what the boxes of mouth and eyes add to every pixel's weight of 1
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEStageConfig:
+    """What differs between the stages."""
+
+    batch: int
+    latent_frames: int  # in a clip
+    crop: int  # pixels each way
+    streaming: bool  # decode frame by frame through the cache, as at inference
+    kl_weight: float
+    updates: int
+    optimiser: OptimiserConfig
+    ema: float = 0.995
+
+
+def _decode(vae: FlashVAE, latents: Float[Array, "b f r c z"], streaming: bool) -> Float[Array, "b t h w 3"]:
+    if not streaming:
+        return vae.decode(latents)
+    b, f, rows, columns, _ = latents.shape
+    cache = vae.init_decode_cache(b, rows, columns)
+    frames = []
+    for index in range(f):
+        cache, out = vae.decode_step(cache, latents[:, index])
+        frames.append(out)
+    return jnp.concatenate(frames, axis=1)
+
+
+def vae_loss(
+    model: Functional, params: Params, batch: FaceBatch, key: Array, stage: VAEStageConfig
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Reconstruction from a sampled latent, plus the KL divergence to a unit Gaussian."""
+    vae = model.bind(params)
+    video = batch.video
+    mean, log_variance = vae.encode(video)
+    latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
+    output = _decode(vae, latents, stage.streaming)
+    h, w = video.shape[2:4]
+    weight = region_weights(batch.boxes, h, w, REGION_WEIGHTS, batch.origin[:, None])
+    kl = 0.5 * jnp.mean(mean**2 + jnp.exp(log_variance) - 1.0 - log_variance)
+    reconstruction = reconstruction_loss(output, video, weight)
+    return reconstruction + stage.kl_weight * kl, {
+        "reconstruction": reconstruction,
+        "kl": kl,
+        "psnr": psnr(jnp.mean((output - video) ** 2)),
+    }
+
+
+def _build(config: Config, name: str, stage: VAEStageConfig, seed: int, init: dict[str, Path]) -> Stage:
+    size = config.stream.height
+    clip_frames = stage.latent_frames * config.flash_vae.temporal_stride
+
+    def build_model(rngs):
+        return FlashVAE(config.flash_vae, rngs=rngs)
+
+    model = functional(build_model)
+    optimiser = make_optimiser(model.abstract, stage.optimiser, stage.updates)
+
+    def initial_state() -> TrainState:
+        if "flash_vae" in init:
+            params = restore_into(model.abstract, load_weights(init["flash_vae"]))
+        else:
+            params = initial_params(build_model, jax.random.key(seed))
+        return TrainState(jnp.zeros((), jnp.int32), params, optimiser.init(params), params, {})
+
+    def update(state: TrainState, key: Array, data: dict) -> tuple[TrainState, dict]:
+        k_data, k_noise = jax.random.split(key)
+        batch = face_batch(k_data, stage.batch, clip_frames, size, stage.crop)
+        (loss, metrics), gradient = jax.value_and_grad(lambda p: vae_loss(model, p, batch, k_noise, stage), has_aux=True)(
+            state.params
+        )
+        updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
+        params = jax.tree.map(jnp.add, state.params, updates)
+        ema = ema_update(state.ema, params, state.step, stage.ema)
+        return TrainState(state.step, params, opt_state, ema, {}), {"loss": loss, **metrics}
+
+    held_out = functools.cache(lambda: jax.jit(render_held_out)(jax.random.key(HELD_OUT_SEED)))
+
+    def render_held_out(key: Array) -> FaceBatch:
+        return face_batch(key, 8, 2 * config.flash_vae.temporal_stride, size, size)
+
+    @jax.jit
+    def reconstruct(params, video):
+        vae = model.bind(params)
+        return vae.decode(vae.encode(video)[0])
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        batch = held_out()
+        video = batch.video
+        output = reconstruct(state.ema, video)
+        error = np.asarray((jnp.clip(output, -1, 1) - video) ** 2)
+        mouth = np.asarray(region_weights(batch.boxes[..., :1, :], size, size, (1.0,))) > 1.5
+        whole = float(psnr(error.mean()))
+        lips = float(psnr(error[mouth].mean()))
+        return {"loss": float(np.sqrt(error.mean())), "psnr": whole, "psnr_mouth": lips}
+
+    def sample(state: TrainState, path: Path) -> None:
+        video = held_out().video
+        output = reconstruct(state.ema, video)
+        save_rows(path, [video[:, 0], output[:, 0], video[:, -1], output[:, -1]])
+
+    return Stage(
+        name=name,
+        total_steps=stage.updates,
+        seed=seed,
+        init=initial_state,
+        update=update,
+        config={
+            "preset": config.name,
+            "flash_vae": dataclasses.asdict(config.flash_vae),
+            "stage": {name: value for name, value in dataclasses.asdict(stage).items() if name != "updates"},
+        },
+        evaluate=evaluate,
+        evaluate_every=250,
+        sample=sample,
+        sample_every=500,
+    )
+
+
+def build_low_res(config: Config, seed: int, init: dict[str, Path]) -> Stage:
+    """Crops of half the picture, one latent frame or two: most of the learning, cheaply."""
+    stage = VAEStageConfig(
+        batch=16,
+        latent_frames=1,
+        crop=config.stream.height // 2,
+        streaming=False,
+        kl_weight=5e-5,
+        updates=1_900,
+        optimiser=OptimiserConfig(learning_rate=1e-3, warmup_steps=100, decay="linear"),
+    )
+    return _build(config, "flash_vae_low_res", stage, seed, init)
+
+
+def build_streaming(config: Config, seed: int, init: dict[str, Path]) -> Stage:
+    """Whole pictures, longer clips, decoded frame by frame with the cache, as the stream does."""
+    stage = VAEStageConfig(
+        batch=2,
+        latent_frames=3,
+        crop=config.stream.height,
+        streaming=True,
+        kl_weight=5e-5,
+        updates=250,
+        optimiser=OptimiserConfig(learning_rate=5e-4, warmup_steps=50, decay="linear"),
+    )
+    return _build(config, "flash_vae_streaming", stage, seed, init)

@@ -1,0 +1,290 @@
+"""The loop that every stage runs in: updates, metrics, pictures, checkpoints, and leaving cleanly.
+
+A stage hands over pure functions; the loop owns everything that has to do with time and files. A run is a function of
+the stage and its seed alone: the update of step n gets `fold_in(key(seed), n)` and takes its data by that key. So the
+position in the data and the random state are the step number, and a run stopped anywhere continues bit for bit.
+"""
+
+import dataclasses
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, PyTree
+from tqdm import tqdm
+
+from pikastream_jax.training.checkpoint import CHECKPOINTS, Checkpoints
+from pikastream_jax.training.metrics import METRICS_FILE, MetricsFile, convergence_verdict
+from pikastream_jax.training.signals import StopRequest, stop_on_signal
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that an update changes; leaves are plain arrays (a PRNG key goes in as `jax.random.key_data`)."""
+
+    step: Int[Array, ""]  # updates done
+    params: PyTree[Array]  # nested dict, `nnx.to_pure_dict`
+    opt_state: PyTree[Array]
+    ema: PyTree[Array]  # like params
+    extra: PyTree[Array]  # the stage's own; {} where it has none
+
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of training.
+
+    Attributes:
+      name: the stage's name, as given to `train.py`.
+      total_steps: updates of the whole stage, over all stretches.
+      seed: everything random follows from it.
+      init: builds the state before the first update; traced, not run, when a checkpoint takes its place.
+      update: (state, key of this step, data) -> (state, scalars with `loss` among them), traced once under jit with the
+        state donated. The loop counts `step` itself.
+      data: loads the arrays that every update draws from, once at the start; an empty dict where data is made on the fly.
+      config: JSON-able record of what was trained; a run is only continued with the same one.
+      evaluate: state -> floats on held-out data, `loss` among them; a function of the state alone.
+      evaluate_every: in updates; also done after the last one.
+      sample: (state, path.png) -> None, draws a picture of what the model does now.
+      sample_every: in updates; also done after the last one.
+    """
+
+    name: str
+    total_steps: int
+    seed: int
+    init: Callable[[], TrainState]
+    update: Callable[[TrainState, Key[Array, ""], PyTree[Array]], tuple[TrainState, Metrics]]
+    data: Callable[[], PyTree[Array]] = dict
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    evaluate: Callable[[TrainState], dict[str, float]] | None = None
+    evaluate_every: int = 500
+    sample: Callable[[TrainState, Path], None] | None = None
+    sample_every: int = 500
+
+    def __post_init__(self):
+        for name in ("total_steps", "evaluate_every", "sample_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"stage {self.name}: {name} must be at least 1, got {getattr(self, name)}")
+
+
+class NonFiniteError(RuntimeError):
+    """A metric or a parameter became NaN or infinite. The message names the step and the last good checkpoint."""
+
+
+def run(
+    stage: Stage,
+    out_dir: str | Path,
+    *,
+    minutes: float | None = None,
+    steps: int | None = None,
+    save_every_minutes: float = 5.0,
+    log_every: int = 10,
+    resume: bool = True,
+) -> TrainState:
+    """Trains `stage` in `out_dir` until it is complete, its time is up, or the process is asked to stop; then saves.
+
+    The folder gets `metrics.jsonl`, `samples/step_00000500.png`, `checkpoints/` (the last two) and `config.json`.
+
+    Args:
+      stage: what to train.
+      out_dir: the run's folder, made if missing.
+      minutes: stop after about this long, compilation included; the run can be resumed.
+      steps: stop after this many updates in this stretch; the run can be resumed.
+      save_every_minutes: time between checkpoints. One is always written on leaving.
+      log_every: updates averaged into a row of metrics. Nothing waits for the device in between.
+      resume: continue from the newest checkpoint in the folder. False refuses a folder that has one.
+
+    Returns:
+      The state after the last update of this stretch.
+
+    Raises:
+      ValueError: the folder holds another stage, seed or configuration, or `resume` is False and it has checkpoints.
+      NonFiniteError: see there. The folder's checkpoints are all finite.
+    """
+    for name, value in {"minutes": minutes, "steps": steps, "log_every": log_every}.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value}")
+    with stop_on_signal() as stop_request:
+        stretch = _Stretch(stage, Path(out_dir), log_every, resume)
+        try:
+            return stretch.train(stop_request, minutes, steps, save_every_minutes)
+        finally:
+            stretch.close()
+
+
+class _Stretch:
+    """One process's share of a run: the state between updates, and the open files."""
+
+    def __init__(self, stage: Stage, out_dir: Path, log_every: int, resume: bool):
+        self.started = time.monotonic()
+        self.stage, self.out_dir, self.log_every = stage, out_dir, log_every
+        out_dir.mkdir(parents=True, exist_ok=True)
+        self.checkpoints = Checkpoints(out_dir / CHECKPOINTS)
+        self.saved_step = self.checkpoints.latest_step
+        self.pending: list[dict[str, Any]] = []  # metrics of the updates since the last row, on the device at first
+        self.seconds_before = 0.0  # training time of earlier stretches
+        if self.saved_step is None:
+            state = stage.init()
+        else:
+            if not resume:
+                raise ValueError(f"{out_dir} already has a checkpoint of step {self.saved_step}: choose another folder")
+            record = self.checkpoints.record(self.saved_step)
+            _check_same_run(stage, record, out_dir)
+            state = self.checkpoints.restore(self.saved_step, jax.eval_shape(stage.init))
+            self.pending, self.seconds_before = record["pending"], record["seconds"]
+        # Distinct buffers: a stage may start with ema = params, and one buffer cannot be donated twice.
+        self.state: TrainState = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
+        self.step = int(self.state.step)
+        self.metrics = MetricsFile(out_dir / METRICS_FILE, self.step)
+        (out_dir / "config.json").write_text(json.dumps(_record(stage), indent=2) + "\n")
+
+        self.data = jax.device_put(stage.data())
+
+        def update(state: TrainState, data: PyTree[Array]) -> tuple[TrainState, Metrics]:
+            key = jax.random.fold_in(jax.random.key(stage.seed), state.step)
+            new, metrics = stage.update(state, key, data)
+            return dataclasses.replace(new, step=state.step + 1), metrics
+
+        self.update = jax.jit(update, donate_argnums=0)
+
+    def train(
+        self, stop_request: StopRequest, minutes: float | None, steps: int | None, save_every_minutes: float
+    ) -> TrainState:
+        stage = self.stage
+        last = stage.total_steps if steps is None else min(stage.total_steps, self.step + steps)
+        deadline = math.inf if minutes is None else self.started + 60 * minutes
+        next_save = time.monotonic() + 60 * save_every_minutes
+        first = self.step
+        self.logged_step, self.logged_at = self.step, time.monotonic()
+        with tqdm(
+            total=stage.total_steps,
+            initial=self.step,
+            desc=stage.name,
+            unit="update",
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 30.0,  # a log file wants a line now and then
+        ) as bar:
+            while self.step < last and not stop_request and time.monotonic() < deadline:
+                self.state, metrics = self.update(self.state, self.data)
+                self.step += 1
+                self.pending.append(metrics)
+                if self.step % self.log_every == 0 or self.step == stage.total_steps:
+                    self._log(bar)
+                paused_at = time.monotonic()
+                if stage.evaluate and (self.step % stage.evaluate_every == 0 or self.step == stage.total_steps):
+                    self._evaluate(bar)
+                if stage.sample and (self.step % stage.sample_every == 0 or self.step == stage.total_steps):
+                    samples = self.out_dir / "samples"
+                    samples.mkdir(exist_ok=True)
+                    stage.sample(self.state, samples / f"step_{self.step:08d}.png")
+                if time.monotonic() > next_save:
+                    self._save()
+                    next_save = time.monotonic() + 60 * save_every_minutes
+                self.logged_at += time.monotonic() - paused_at  # the speed is that of the updates
+        if self.step > first and self.step != self.saved_step:
+            self._save()
+        self._report(stop_request)
+        return self.state
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.checkpoints.close()
+
+    def _fetch(self) -> None:
+        """Brings the pending metrics to the host, which waits for the updates, and checks them."""
+        self.pending = [{name: float(value) for name, value in row.items()} for row in jax.device_get(self.pending)]
+        for offset, row in enumerate(self.pending):
+            bad = [f"{name} is {value}" for name, value in row.items() if not math.isfinite(value)]
+            if bad:
+                self._fail(self.step - len(self.pending) + 1 + offset, ", ".join(bad))
+
+    def _fail(self, step: int, what: str) -> None:
+        good = (
+            "no checkpoint was written yet"
+            if self.saved_step is None
+            else f"the last good checkpoint is {self.checkpoints.path(self.saved_step)} (step {self.saved_step})"
+        )
+        raise NonFiniteError(
+            f"{self.stage.name}: at step {step} {what}; {good}. "
+            "Lower the learning rate or change the seed, and start anew."
+        )
+
+    def _log(self, bar: tqdm) -> None:
+        self._fetch()
+        means = {name: float(np.mean([row[name] for row in self.pending])) for name in self.pending[0]}
+        now = time.monotonic()
+        speed = (self.step - self.logged_step) / max(now - self.logged_at, 1e-9)
+        self.metrics.append(
+            self.step, "train", means, updates_per_second=round(speed, 3), seconds=round(self._seconds(), 1)
+        )
+        bar.set_postfix(loss=f"{means['loss']:.4g}", refresh=False)
+        bar.update(self.step - bar.n)
+        self.pending, self.logged_step, self.logged_at = [], self.step, now
+
+    def _evaluate(self, bar: tqdm) -> None:
+        values = {name: float(value) for name, value in self.stage.evaluate(self.state).items()}
+        self.metrics.append(self.step, "held_out", values)
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        bar.write(f"step {self.step}: held-out {figures}", file=sys.stderr)
+
+    def _save(self) -> None:
+        self._fetch()
+        # A finite loss does not vouch for the parameters that its gradient made.
+        if not all(bool(finite) for finite in jax.device_get(_finite_leaves(self.state))):
+            self._fail(self.step, "a parameter or optimiser state is not finite")
+        self.metrics.sync()
+        record = _record(self.stage) | {"pending": self.pending, "seconds": self._seconds()}
+        self.checkpoints.save(self.step, self.state, record)
+        self.saved_step = self.step
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.started
+
+    def _report(self, stop_request: StopRequest) -> None:
+        def say(line: str) -> None:
+            print(f"{self.stage.name}: {line}", file=sys.stderr, flush=True)
+
+        where = "nothing new to save" if self.saved_step is None else f"saved {self.checkpoints.path(self.saved_step)}"
+        if self.step >= self.stage.total_steps:
+            say(f"complete after {self.step} updates, {where}")
+            if self.stage.evaluate:
+                say(convergence_verdict(self.out_dir / METRICS_FILE))
+        else:
+            reason = f"stopped by {stop_request.name}" if stop_request else "end of this stretch"
+            command = shlex.join([Path(sys.executable).name, *sys.argv])
+            say(f"{reason} at step {self.step} of {self.stage.total_steps}, {where}; resume with: {command}")
+
+
+@jax.jit
+def _finite_leaves(state: PyTree[Array]) -> list[Array]:
+    return [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+
+def _record(stage: Stage) -> dict[str, Any]:
+    return {"stage": stage.name, "seed": stage.seed, "total_steps": stage.total_steps, "config": stage.config}
+
+
+def _check_same_run(stage: Stage, record: dict[str, Any], out_dir: Path) -> None:
+    """Raises ValueError unless the checkpoint's stage, seed and configuration are those of `stage`.
+
+    The length may change: that is how an under-trained stage is given more updates.
+    """
+    now = json.loads(json.dumps(_record(stage)))  # tuples come back as lists
+    differences = [
+        f"{name} was {record[name]!r}, is {now[name]!r}"
+        for name in ("stage", "seed", "config")
+        if record[name] != now[name]
+    ]
+    if differences:
+        raise ValueError(f"{out_dir} holds another run ({'; '.join(differences)}): use its settings, or another folder")

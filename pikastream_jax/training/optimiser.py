@@ -1,0 +1,155 @@
+"""The optimiser of every stage: Muon for hidden matrices, AdamW for the rest, one learning rate for both.
+
+Muon (K. Jordan et al., 2024, https://kellerjordan.github.io/posts/muon) orthogonalises the momentum of a weight matrix.
+It is meant for the matrices between hidden layers; embeddings, input and output projections, norms, biases and
+modulation tables keep AdamW. With `consistent_rms=0.2` (Liu et al., 2025, https://arxiv.org/abs/2502.16982) a Muon
+update has the size of a typical AdamW update, so one learning rate serves both groups.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+from jaxtyping import Array, PyTree
+
+# Parts of a path that mark a matrix as an input, output, embedding or modulation one.
+ADAMW_NAMES = ("embed", "norm", "modulation", "adaln", "table", "head", "patch")
+# Keys under which a model keeps blocks stacked on a leading axis: `{"blocks": {"mlp": {"kernel": [layers, in, out]}}}`.
+STACK_NAMES = ("blocks", "layers")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimiserConfig:
+    """How a stage's parameters are updated.
+
+    Attributes:
+      learning_rate: peak learning rate, the same for Muon and AdamW.
+      warmup_steps: updates over which the rate rises linearly from 0.
+      decay: `cosine` falls from the peak to `final_fraction` over the whole run; `linear` holds the peak and falls
+        over the last 20% of the updates (warm-up, stable, decay: the run can be extended before the fall).
+      final_fraction: rate at the last update, as a fraction of the peak.
+      weight_decay: decoupled, on Muon matrices only.
+      clip_norm: the gradient's global norm is clipped to this.
+      muon: False puts every parameter on AdamW (few-step distillation and heads).
+    """
+
+    learning_rate: float
+    warmup_steps: int = 100
+    decay: Literal["cosine", "linear"] = "cosine"
+    final_fraction: float = 0.05
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    muon: bool = True
+
+    def __post_init__(self):
+        for name in ("learning_rate", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be 0 or more, got {self.warmup_steps}")
+        if self.decay not in ("cosine", "linear"):
+            raise ValueError(f"decay must be 'cosine' or 'linear', got {self.decay!r}")
+        if not 0 <= self.final_fraction <= 1:
+            raise ValueError(f"final_fraction must lie in 0 to 1, got {self.final_fraction}")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+
+
+def learning_rate_schedule(config: OptimiserConfig, total_steps: int) -> optax.Schedule:
+    """Learning rate as a function of the update's number: linear warm-up, then the configured decay.
+
+    Raises:
+      ValueError: `total_steps` leaves no update after the warm-up.
+    """
+    if total_steps <= config.warmup_steps:
+        raise ValueError(
+            f"total_steps={total_steps} must exceed warmup_steps={config.warmup_steps}: "
+            "train longer or shorten the warm-up"
+        )
+    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
+    warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
+    if config.decay == "cosine":
+        decay = optax.cosine_decay_schedule(peak, total_steps - config.warmup_steps, alpha=config.final_fraction)
+        return optax.join_schedules([warmup, decay], [config.warmup_steps])
+    start = max(config.warmup_steps, int(0.8 * total_steps))
+    fall = optax.linear_schedule(peak, final, total_steps - start)
+    return optax.join_schedules([warmup, optax.constant_schedule(peak), fall], [config.warmup_steps, start])
+
+
+def make_optimiser(params: PyTree[Array], config: OptimiserConfig, total_steps: int) -> optax.GradientTransformation:
+    """Global-norm clip, then Muon on the hidden matrices of `params` and AdamW on everything else.
+
+    Args:
+      params: nested dict of arrays (`nnx.to_pure_dict`), read for its structure and shapes only.
+      config: rates and limits.
+      total_steps: updates of the whole stage, for the schedule.
+
+    Raises:
+      ValueError: `config.muon` is set and no parameter is a hidden matrix by `muon_dimensions` (a model that names its
+        weights otherwise would train on AdamW unnoticed).
+    """
+    rate = learning_rate_schedule(config, total_steps)
+    if config.muon:
+        dimensions = muon_dimensions(params)
+        if not any(jax.tree.leaves(dimensions, is_leaf=_is_leaf)):
+            raise ValueError(
+                "muon=True, but no parameter is a hidden `kernel`: set muon=False, or name weights `kernel`"
+            )
+        update = optax.contrib.muon(
+            rate,
+            muon_weight_dimension_numbers=muon_dimensions,
+            consistent_rms=0.2,
+            weight_decay=config.weight_decay,
+            adam_b2=0.99,
+            adam_learning_rate=rate,
+        )
+    else:
+        update = optax.adamw(rate, b2=0.99, weight_decay=config.weight_decay, mask=_matrices)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def muon_dimensions(params: PyTree[Array]) -> PyTree:
+    """Which axes of each parameter Muon orthogonalises; None where AdamW applies.
+
+    A hidden matrix is a leaf named `kernel`, of shape [in, out] or, in a stack of blocks, [layers, in, out], whose path
+    holds none of `ADAMW_NAMES`. Convolution kernels go to AdamW.
+
+    Returns:
+      The tree of `params` with `optax.contrib.MuonDimensionNumbers` or None at the leaves.
+    """
+
+    def choose(path, leaf):
+        keys = [getattr(entry, "key", getattr(entry, "name", None)) for entry in path]
+        hidden = keys[-1] == "kernel" and not any(word in str(key).lower() for key in keys for word in ADAMW_NAMES)
+        if hidden and leaf.ndim - _stacked(keys) == 2:
+            return optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+        return None
+
+    return jax.tree_util.tree_map_with_path(choose, params)
+
+
+def ema_update(ema: PyTree[Array], params: PyTree[Array], step: Array, decay: float) -> PyTree[Array]:
+    """Exponential moving average of the parameters, quicker at first: decay min(decay, (1 + step) / (10 + step)).
+
+    Without the ramp an average over 1 / (1 - decay) updates would remember the random initial values for as long.
+    """
+    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda mean, new: mean + (1.0 - decay) * (new - mean), ema, params)
+
+
+def _is_leaf(node: Any) -> bool:
+    return node is None or isinstance(node, optax.contrib.MuonDimensionNumbers)
+
+
+def _stacked(keys: list[str | int]) -> bool:
+    """True when a stack name on the path is not followed by a block's number: the blocks share one leading axis."""
+    return any(
+        key in STACK_NAMES and not str(following).isdecimal() for key, following in zip(keys, keys[1:], strict=False)
+    )
+
+
+def _matrices(params: PyTree[Array]) -> PyTree[bool]:
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: getattr(path[-1], "key", None) == "kernel", params)

@@ -1,0 +1,139 @@
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from toy_stage import initial_params, toy_stage
+
+from pikastream_jax.training.checkpoint import Checkpoints
+from pikastream_jax.training.loop import NonFiniteError, run
+
+
+def rows(folder):
+    """The metrics without the clock's figures."""
+    timeless = []
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        row.pop("seconds", None), row.pop("updates_per_second", None)
+        timeless.append(row)
+    return timeless
+
+
+def assert_same_run(first, second):
+    (state_a, folder_a), (state_b, folder_b) = first, second
+    assert jax.tree.structure(state_a) == jax.tree.structure(state_b)
+    jax.tree.map(np.testing.assert_array_equal, state_a, state_b)
+    assert rows(folder_a) == rows(folder_b)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The toy stage trained in one go."""
+    folder = tmp_path_factory.mktemp("whole")
+    return run(toy_stage(), folder), folder
+
+
+def test_whole_run_learns_and_logs_every_row_once(whole):
+    state, folder = whole
+    assert int(state.step) == 60
+    expected = [(step, kind) for step in range(10, 61, 10) for kind in ("train", "held_out")]
+    assert [(row["step"], row["kind"]) for row in rows(folder)] == expected
+    losses = [row["loss"] for row in rows(folder) if row["kind"] == "held_out"]
+    assert losses[-1] < 0.7 * losses[0]
+    moved = jax.tree.map(lambda new, old: float(abs(new - old).max()), state.params, initial_params())
+    assert min(jax.tree.leaves(moved)) > 1e-3, "a parameter never moved, so equality below would prove little"
+    noise = [row["noise"] for row in rows(folder) if row["kind"] == "train"]
+    assert len(set(noise)) == len(noise), "every step has its own key"
+
+
+def test_stop_and_resume_equals_one_go(whole, tmp_path):
+    run(toy_stage(), tmp_path, steps=30)
+    assert rows(tmp_path)[-1]["step"] == 30
+    assert_same_run((run(toy_stage(), tmp_path), tmp_path), whole)
+
+
+def test_stopping_between_two_rows_of_metrics_changes_nothing(whole, tmp_path):
+    for steps in (3, 14, 16):
+        run(toy_stage(), tmp_path, steps=steps)
+    assert_same_run((run(toy_stage(), tmp_path), tmp_path), whole)
+
+
+def test_resume_after_a_crash_repeats_no_row(whole, tmp_path):
+    run(toy_stage(), tmp_path, steps=33)
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # updates done after the checkpoint, the last row torn
+        file.write('{"step": 40, "kind": "train", "loss": 9.0}\n{"step": 40, "kind": "held')
+    assert_same_run((run(toy_stage(), tmp_path), tmp_path), whole)
+
+
+def test_a_finished_run_is_left_alone(whole):
+    state, folder = whole
+    before = rows(folder)
+    again = run(toy_stage(), folder)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+    assert rows(folder) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_says_how_to_resume(whole, tmp_path, capsys, number):
+    handler = signal.getsignal(number)
+    asking = toy_stage(sample=lambda state, path: os.kill(os.getpid(), number), sample_every=17)
+    state = run(asking, tmp_path)
+    assert int(state.step) == 17
+    assert signal.getsignal(number) is handler
+    error = capsys.readouterr().err
+    assert f"stopped by {number.name} at step 17 of 60" in error and "resume with: python" in error
+    assert_same_run((run(toy_stage(), tmp_path), tmp_path), whole)
+
+
+def test_time_budget_stops_cleanly(tmp_path):
+    state = run(toy_stage(total_steps=10_000_000), tmp_path, minutes=1.5 / 60)
+    assert 0 < int(state.step) < 10_000_000
+    assert Checkpoints(tmp_path / "checkpoints").latest_step == int(state.step)
+
+
+def test_nan_loss_names_step_and_last_good_checkpoint(tmp_path):
+    with pytest.raises(NonFiniteError, match="step 18 loss is nan; no checkpoint was written yet"):
+        run(toy_stage(nan_loss_at=18), tmp_path / "fresh")
+    run(toy_stage(nan_loss_at=18), tmp_path, steps=12)
+    with pytest.raises(NonFiniteError, match=r"step 18 loss is nan; the last good checkpoint is .*checkpoints/12"):
+        run(toy_stage(nan_loss_at=18), tmp_path)
+    assert Checkpoints(tmp_path / "checkpoints").latest_step == 12
+    assert all(np.isfinite(row["loss"]) for row in rows(tmp_path))
+
+
+def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
+    run(toy_stage(nan_params_at=18), tmp_path, steps=12)
+    with pytest.raises(NonFiniteError, match=r"step 18 a parameter or optimiser state.*checkpoints/12"):
+        run(toy_stage(nan_params_at=18), tmp_path, steps=6)
+    assert Checkpoints(tmp_path / "checkpoints").latest_step == 12
+
+
+def test_only_the_last_two_checkpoints_stay(tmp_path):
+    run(toy_stage(), tmp_path, steps=4, save_every_minutes=0)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]
+
+
+def test_samples_are_named_by_step(tmp_path):
+    stage = toy_stage(total_steps=25, sample=lambda state, path: path.write_text(str(state.step)), sample_every=10)
+    run(stage, tmp_path)
+    found = {path.name: path.read_text() for path in (tmp_path / "samples").iterdir()}
+    assert found == {f"step_{step:08d}.png": str(step) for step in (10, 20, 25)}
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    run(toy_stage(), tmp_path, steps=2)
+    with pytest.raises(ValueError, match="seed was 0, is 1"):
+        run(toy_stage(seed=1), tmp_path)
+    with pytest.raises(ValueError, match=r"config was .*16.*, is .*32"):
+        run(toy_stage(config={"widths": (8, 32)}), tmp_path)
+    with pytest.raises(ValueError, match="already has a checkpoint of step 2"):
+        run(toy_stage(), tmp_path, resume=False)
+    assert int(run(toy_stage(total_steps=61), tmp_path, steps=1).step) == 3, "a stage may be given more updates"
+
+
+@pytest.mark.parametrize("argument", ["minutes", "steps", "log_every"])
+def test_budgets_must_be_positive(tmp_path, argument):
+    with pytest.raises(ValueError, match=f"{argument} must be above 0, got 0"):
+        run(toy_stage(), tmp_path, **{argument: 0})

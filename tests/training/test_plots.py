@@ -1,0 +1,27 @@
+import pytest
+from PIL import Image
+
+from pikastream_jax.training.metrics import MetricsFile
+
+pytest.importorskip("matplotlib", reason="the plots need the extra `train`")
+from pikastream_jax.training import plots  # noqa: E402
+
+
+def test_plot_draws_a_picture(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    for step, loss in ((20, 9.0), (80, 2.0), (100, 1.5)):
+        metrics.append(step, "train", {"loss": loss, "psnr": 20 - loss}, updates_per_second=3.0, seconds=1.0)
+        metrics.append(step, "held_out", {"loss": loss})
+    metrics.close()
+    picture = plots.plot(tmp_path)
+    assert picture == tmp_path / "loss.png"
+    image = Image.open(picture)
+    assert image.size[0] > 400 and len(image.convert("RGB").getcolors(1 << 20)) > 10
+
+
+def test_plot_says_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no metrics.jsonl"):
+        plots.plot(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="no rows yet"):
+        plots.plot(tmp_path)
