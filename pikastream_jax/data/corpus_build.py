@@ -103,11 +103,10 @@ def voices(piper: str | None) -> list[Voice]:
     found = [
         Voice("asterisk-en-allison", lambda: asterisk_files("en"), 12.0),
         Voice("asterisk-it-carlo", lambda: asterisk_files("it"), 10.0),
-        Voice("asterisk-es-allison", lambda: asterisk_files("es"), 5.0),
         Voice("asterisk-ru-topal", lambda: asterisk_files("ru"), 5.0),
         Voice("asterisk-fr-june", lambda: asterisk_files("fr"), 4.0, held_out=True),
     ]
-    for k, name in enumerate(("en-us+f2", "en-us+m3", "en-us+f4", "en-us+m7")):
+    for k, name in enumerate(("en-us+f2", "en-us+m3")):
         found.append(Voice(f"espeak-{name}", lambda name=name, k=k: espeak_files(name, 37 * k), 1.5))
     if piper:
         found.append(Voice("piper-joe", lambda: piper_files(piper), 7.5))

@@ -95,7 +95,7 @@ class Generator:
     def encode_prompt(self, prompt: str) -> tuple[KeysValues, Array]:
         """A prompt's keys and values, and how many tokens count."""
         tokens, valid = self.package.tokenizer.encode(prompt)
-        return self._encode_prompt(self.package.params, jnp.asarray(tokens), jnp.asarray(valid))
+        return self._encode_prompt(self.package.params, jnp.asarray(tokens), jnp.asarray(valid, jnp.int32))
 
     def run_step(self, state: StreamState, inputs: StepInputs) -> tuple[StreamState, UInt8[Array, "b t h w 3"]]:
         """The compiled step; `state` is donated."""

@@ -1,0 +1,137 @@
+"""One long stream: do colour, identity, memory and speed stay what they were in the first minute?"""
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from pikastream_jax.data.speech import SAMPLE_RATE
+from pikastream_jax.measuring.calibration import IdentityMetric
+from pikastream_jax.measuring.estimator import Estimator
+from pikastream_jax.measuring.images import lab
+from pikastream_jax.measuring.streams import EDGE, TalkingFace
+from pikastream_jax.measuring.subjects import FPS, NEUTRAL, draw, person, portrait_state
+
+_SKIN = (slice(112, 150), slice(100, 156))  # rows and columns: nose and cheeks of a face near the middle
+_STATM = Path("/proc/self/statm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Minute:
+    """Means over one minute of the stream."""
+
+    background: Float[np.ndarray, "3"]  # CIE Lab of the upper corners
+    skin: Float[np.ndarray, "3"]  # CIE Lab of the middle of the face
+    background_scatter: float  # Lab: root mean square distance of the chunks from the minute's mean
+    skin_scatter: float
+    identity_distance: float  # of the minute's mean reading from the reference, see `IdentityMetric`
+    identity_scatter: float  # standard deviation of the distance over stretches of 6 s
+    rss_mb: float  # memory of the process at the end of the minute; NaN where the system does not tell
+    chunk_ms: float  # median time of a step
+
+    def report(self) -> dict:
+        """Plain numbers."""
+        return {
+            name: value.tolist() if isinstance(value, np.ndarray) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+
+
+def drift(
+    face: TalkingFace,
+    estimator: Estimator,
+    metric: IdentityMetric,
+    speech: Float[np.ndarray, " n"],
+    seed: int,
+    minutes: float,
+) -> dict:
+    """Streams `minutes` of the speech, repeated with a second of silence in between, and compares the minutes.
+
+    Every 4th chunk gives one frame to the estimator; colours are taken from every chunk. The last, incomplete minute
+    counts if it has half a minute at least.
+
+    Returns:
+      `minutes`: see `Minute`. `colour_background` and `colour_skin`: Lab distance of each minute from the first, the
+      largest; `colour_..._first_minute`: the scatter within the first minute. `identity_change`: largest increase of the
+      distance from the reference over the first minute's; `identity_first_minute`: its scatter. `rss_growth_mb`: last
+      minute over first. `chunk_time_ratio`: slowest minute over the first. `frames_per_second`: of generation alone.
+
+    Raises:
+      ValueError: less than a minute.
+    """
+    if minutes < 1:
+        raise ValueError(f"minutes of drift {minutes} must be at least 1: the first minute is what the others are compared with")
+    identity = person(seed)
+    image = draw(identity, portrait_state(seed))
+    home = estimator(image[None]).identity[0]
+    loop = np.concatenate([speech, np.zeros(SAMPLE_RATE, np.float32)])
+    session = face.session(image, NEUTRAL, seed)
+    at = index = 0
+    done, colours, times, sampled = [], [], [], []
+    total = round(minutes * 60 * SAMPLE_RATE)
+    while at < total:
+        count = face.chunk_samples(index)
+        piece = loop[np.arange(at, at + count) % len(loop)]
+        started = time.perf_counter()
+        frames = session.step(piece)
+        times.append(time.perf_counter() - started)
+        colours.append(_colours(frames[len(frames) // 2]))
+        if index % 4 == 0:
+            sampled.append(frames[len(frames) // 2])
+        at, index = at + count, index + 1
+        whole = (len(done) + 1) * 60 * SAMPLE_RATE
+        if at >= whole or (at >= total and at - whole >= -30 * SAMPLE_RATE):
+            done.append(_minute(colours, times, sampled, estimator, metric, home))
+            colours, times, sampled = [], [], []
+    first = done[0]
+    return {
+        "minutes": [minute.report() for minute in done],
+        "colour_background": _largest([np.linalg.norm(m.background - first.background) for m in done]),
+        "colour_background_first_minute": first.background_scatter,
+        "colour_skin": _largest([np.linalg.norm(m.skin - first.skin) for m in done]),
+        "colour_skin_first_minute": first.skin_scatter,
+        "identity_change": _largest([m.identity_distance - first.identity_distance for m in done]),
+        "identity_first_minute": first.identity_scatter,
+        "rss_growth_mb": done[-1].rss_mb - first.rss_mb,
+        "chunk_time_ratio": _largest([m.chunk_ms / first.chunk_ms for m in done]),
+        "frames_per_second": float(len(frames) / np.mean([m.chunk_ms for m in done]) * 1e3),
+        "video_seconds": index * len(frames) / FPS,
+    }
+
+
+def _colours(frame: np.ndarray) -> np.ndarray:
+    corners = np.concatenate([frame[:EDGE, :EDGE], frame[:EDGE, -EDGE:]], axis=1)
+    return np.stack([lab(corners.mean(axis=(0, 1))), lab(frame[_SKIN].mean(axis=(0, 1)))])
+
+
+def _minute(colours, times, sampled, estimator: Estimator, metric: IdentityMetric, home) -> Minute:
+    table = np.stack(colours)
+    mean = table.mean(axis=0)
+    scatter = np.sqrt(((table - mean) ** 2).sum(axis=-1).mean(axis=0))
+    known = estimator(np.stack(sampled)).identity
+    stretches = np.array_split(known, max(1, len(known) // 3))
+    distances = [metric.distance(part.mean(axis=0), home) for part in stretches]
+    return Minute(
+        background=mean[0],
+        skin=mean[1],
+        background_scatter=float(scatter[0]),
+        skin_scatter=float(scatter[1]),
+        identity_distance=float(metric.distance(known.mean(axis=0), home)),
+        identity_scatter=float(np.std(distances)),
+        rss_mb=_rss_mb(),
+        chunk_ms=float(np.median(times) * 1e3),
+    )
+
+
+def _rss_mb() -> float:
+    """Resident memory of this process; only Linux tells it as it is now."""
+    if not _STATM.is_file():
+        return float("nan")
+    return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def _largest(values) -> float:
+    return float(np.max(values))
