@@ -26,7 +26,16 @@ from pikastream_jax.measuring.identity import identity_wins
 from pikastream_jax.measuring.lipsync import compare
 from pikastream_jax.measuring.prompts import OTHERS, SMILE, adherence
 from pikastream_jax.measuring.sheet import save_sheet
-from pikastream_jax.measuring.streams import Clip, Filmer, TalkingFace, generated, make_clip, make_scene, samples_of, true
+from pikastream_jax.measuring.streams import (
+    Clip,
+    Filmer,
+    TalkingFace,
+    generated,
+    make_clip,
+    make_scene,
+    samples_of,
+    true,
+)
 
 VAE_SEED = 9_500_000  # first of the people that FlashVAE is measured on
 
@@ -97,7 +106,9 @@ def evaluate(face: TalkingFace, arguments: Arguments) -> tuple[dict[str, Any], l
     errors, metric = timed("estimator", lambda: calibrate(estimator, plan.calibration_people))
     result: dict[str, Any] = {"estimator": errors}
     result["flash_vae"] = timed("flash_vae", lambda: _flash_vae(face, plan, speech))
-    result["flash_vae"] |= {f"video {name}": autoencoder.video_fidelity(face.reconstruct, v) for name, v in videos.items()}
+    result["flash_vae"] |= {
+        f"video {name}": autoencoder.video_fidelity(face.reconstruct, v) for name, v in videos.items()
+    }
 
     def clips(filmer: Filmer, prompt: str, seeds: Sequence[int], chunks: int, label: str) -> list[Clip]:
         samples = samples_of(face, chunks)
@@ -149,7 +160,9 @@ def _flash_vae(face: TalkingFace, plan: Plan, speech: list[np.ndarray]) -> dict[
     return {"held_out_faces": autoencoder.face_fidelity(face.reconstruct, subjects.film, motions)}
 
 
-def _clip_figures(neutral: list[Clip], smiling: list[Clip], estimator: Estimator, metric: IdentityMetric) -> dict[str, Any]:
+def _clip_figures(
+    neutral: list[Clip], smiling: list[Clip], estimator: Estimator, metric: IdentityMetric
+) -> dict[str, Any]:
     return {
         "lip_sync": _lip_sync(neutral),
         "lip_sync_smiling": _lip_sync(smiling),

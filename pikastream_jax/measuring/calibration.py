@@ -81,7 +81,9 @@ def identity_metric(readings: list[Float[np.ndarray, "states 32"]]) -> IdentityM
     return IdentityMetric(vectors @ np.diag(values**-0.5) @ vectors.T)
 
 
-def _identity_figures(estimator: Estimator, metric: IdentityMetric, seeds: range, readings: list[Reading]) -> dict[str, float]:
+def _identity_figures(
+    estimator: Estimator, metric: IdentityMetric, seeds: range, readings: list[Reading]
+) -> dict[str, float]:
     """One picture of a person against another of the same person, and against distractors in that other picture's state."""
     same, other, wins = [], [], []
     for seed, reading in zip(seeds, readings, strict=True):

@@ -63,7 +63,9 @@ def drift(
       ValueError: less than a minute.
     """
     if minutes < 1:
-        raise ValueError(f"minutes of drift {minutes} must be at least 1: the first minute is what the others are compared with")
+        raise ValueError(
+            f"minutes of drift {minutes} must be at least 1: the first minute is what the others are compared with"
+        )
     identity = person(seed)
     image = draw(identity, portrait_state(seed))
     home = estimator(image[None]).identity[0]

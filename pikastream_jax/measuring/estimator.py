@@ -1,8 +1,8 @@
 """A small network that reads a face from pixels: mouth, expression, gaze, pose, and who it is.
 
-Two convolutional networks. One sees the whole picture at half its size and says where the mouth is, how the head
-stands, what eyes and brows do, and the parameters of the face. The other sees the 64x64 pixels around that mouth at
-full size, because a pair of lips that closes moves by two pixels. Both are trained on rendered faces
+Three convolutional readers. The first sees the whole picture at half its size and says where mouth and eyes are, how the
+head stands and what shape it has. The others see the pixels around that mouth and those eyes at full size, because a
+pair of lips that closes moves by two pixels. All are trained on rendered faces
 (`pikastream_jax/training/face_estimator.py`), whose truth is exact; their errors on held-out faces are part of every
 evaluation.
 """
@@ -18,59 +18,106 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
-from pikastream_jax.data.face import FaceState, Identity, mouth_box, true_mouth
+from pikastream_jax.data.face import FaceState, Identity, eyes_box, mouth_box, true_mouth
 from pikastream_jax.nn.layers import Params, functional
 from pikastream_jax.weights.safetensors_io import load, restore_into
 
 SIZE = 256  # pixels each way of the pictures that are read
-MOUTH_CROP = 64  # pixels each way around the mouth
 WEIGHTS = Path(__file__).resolve().parent.parent / "assets" / "estimator.safetensors"
 
-# What the networks put out, each with the mean and the scale that turn it into a number of about unit variance.
-MOUTH_OUTPUTS = {"opening": (0.35, 0.35), "width": (0.26, 0.05), "smile": (0.0, 0.6)}
-HEAD_OUTPUTS = {
-    "mouth_y": (163.0, 12.0),  # pixels, the middle of the mouth's box
-    "mouth_x": (128.0, 14.0),
-    "yaw": (0.0, 0.20),  # radians
-    "pitch": (0.0, 0.13),
-    "roll": (0.0, 0.10),
-    "gaze_x": (0.0, 0.6),
-    "gaze_y": (0.0, 0.6),
-    "blink": (0.15, 0.3),
-    "brow_raise": (0.0, 0.6),
-    "brow_furrow": (0.25, 0.3),
-}
-# The parameters of the face itself (what `hard_distractor` exchanges), with the mean and half range of `sample_identity`.
-IDENTITY_OUTPUTS = {
-    "head_width": (0.407, 0.030),
-    "head_height": (0.535, 0.020),
-    "jaw": (0.76, 0.12),
-    "squareness": (0.27, 0.17),
-    "ear_size": (0.095, 0.015),
-    "skin": (0.66, 0.22),
-    "freshness": (0.6, 0.22),
-    "eye_color": (0.32, 0.17),
-    "eye_spacing": (0.1775, 0.0125),
-    "eye_y": (0.02, 0.025),
-    "eye_width": (0.095, 0.009),
-    "eye_height": (0.062, 0.009),
-    "eye_tilt": (0.05, 0.11),
-    "brow_height": (0.1275, 0.014),
-    "brow_length": (0.0975, 0.0125),
-    "brow_thickness": (0.0155, 0.004),
-    "brow_arch": (0.026, 0.017),
-    "brow_tilt": (0.03, 0.13),
-    "nose_y": (0.1875, 0.0225),
-    "nose_width": (0.064, 0.010),
-    "nose_size": (0.044, 0.008),
-    "mouth_y": (0.33, 0.015),
-    "mouth_size": (0.149, 0.017),
-    "lip_upper": (0.026, 0.006),
-    "lip_lower": (0.036, 0.007),
-    "lip_color": (0.5, 0.18),
-}
+
+@dataclasses.dataclass(frozen=True)
+class ReaderConfig:
+    """One reader: what it sees and what it says.
+
+    Numbers are given with the mean and the scale that bring them to about unit variance. The face's parameters are
+    those that `hard_distractor` exchanges.
+    """
+
+    height: int  # of the pixels it sees
+    width: int
+    channels: tuple[int, ...]  # of the grids, each half as fine as the one before
+    hidden: int
+    quantities: dict[str, tuple[float, float]]
+    identity: dict[str, tuple[float, float]]  # a colour is three numbers
+
+    @property
+    def outputs(self) -> int:
+        return len(self.quantities) + sum(3 if name in _COLOURS else 1 for name in self.identity)
+
+
 _COLOURS = ("skin", "eye_color", "lip_color")
-IDENTITY_SIZE = sum(3 if name in _COLOURS else 1 for name in IDENTITY_OUTPUTS)
+READERS = {
+    "whole": ReaderConfig(
+        height=SIZE // 2,
+        width=SIZE // 2,
+        channels=(32, 64, 96),
+        hidden=128,
+        quantities={
+            "mouth_y": (170.0, 9.0),  # pixels, the middle of the mouth's box
+            "mouth_x": (128.0, 14.0),
+            "eyes_y": (120.0, 9.0),  # and of that of the eyes
+            "eyes_x": (128.0, 14.0),
+            "yaw": (0.0, 0.20),  # radians
+            "pitch": (0.0, 0.13),
+            "roll": (0.0, 0.10),
+        },
+        identity={
+            "head_width": (0.411, 0.018),
+            "head_height": (0.535, 0.0115),
+            "jaw": (0.76, 0.083),
+            "squareness": (0.27, 0.115),
+            "ear_size": (0.095, 0.0087),
+            "skin": (0.64, 0.21),
+            "freshness": (0.6, 0.18),
+            "eye_spacing": (0.1775, 0.0072),
+            "eye_y": (0.02, 0.0144),
+            "nose_y": (0.1875, 0.013),
+            "nose_width": (0.064, 0.007),
+            "nose_size": (0.044, 0.0046),
+            "mouth_y": (0.33, 0.0087),
+        },
+    ),
+    "eyes": ReaderConfig(
+        height=48,
+        width=96,
+        channels=(32, 64),
+        hidden=64,
+        quantities={
+            "gaze_x": (0.0, 0.6),
+            "gaze_y": (0.0, 0.6),
+            "blink": (0.15, 0.3),
+            "brow_raise": (0.0, 0.6),
+            "brow_furrow": (0.25, 0.3),
+        },
+        identity={
+            "eye_color": (0.31, 0.13),
+            "eye_width": (0.095, 0.0052),
+            "eye_height": (0.062, 0.006),
+            "eye_tilt": (0.05, 0.064),
+            "brow_height": (0.1275, 0.0088),
+            "brow_length": (0.0975, 0.0072),
+            "brow_thickness": (0.0155, 0.0033),
+            "brow_arch": (0.026, 0.013),
+            "brow_tilt": (0.03, 0.075),
+        },
+    ),
+    "mouth": ReaderConfig(
+        height=64,
+        width=64,
+        channels=(32, 64),
+        hidden=64,
+        quantities={"opening": (0.35, 0.35), "width": (0.275, 0.05), "smile": (0.0, 0.6)},
+        identity={
+            "mouth_size": (0.149, 0.0098),
+            "lip_upper": (0.026, 0.004),
+            "lip_lower": (0.036, 0.005),
+            "lip_color": (0.5, 0.17),
+        },
+    ),
+}
+IDENTITY_SIZE = sum(reader.outputs - len(reader.quantities) for reader in READERS.values())
+_EYES_LIFT = 5.0  # pixels by which the eyes' crop lies higher than their box, to hold raised brows
 
 
 @jax.tree_util.register_dataclass
@@ -104,20 +151,19 @@ class _Stage(nnx.Module):
 
 
 class PixelReader(nnx.Module):
-    """Picture -> numbers: 4x4 patches, convolutions that halve the grid down to 8x8, and an MLP over all of it.
+    """Pixels -> numbers: 4x4 patches, convolutions that halve the grid, and an MLP over all of it.
 
     The last grid is flattened, not averaged: where things are is what is asked for.
     """
 
-    def __init__(self, size: int, widths: tuple[int, ...], hidden: int, outputs: int, *, rngs: nnx.Rngs):
-        self.patch = nnx.Conv(3, widths[0], (4, 4), strides=4, padding="VALID", rngs=rngs)
-        self.stages = nnx.List(
-            [_Stage(a, b, rngs=rngs) for a, b in zip(widths[:-1], widths[1:], strict=True)],
-        )
-        grid = size // 4 >> (len(widths) - 1)
-        self.squeeze = nnx.Linear(widths[-1], 20, rngs=rngs)
-        self.up = nnx.Linear(grid * grid * 20, hidden, rngs=rngs)
-        self.head = nnx.Linear(hidden, outputs, rngs=rngs)
+    def __init__(self, config: ReaderConfig, *, rngs: nnx.Rngs):
+        channels = config.channels
+        self.patch = nnx.Conv(3, channels[0], (4, 4), strides=4, padding="VALID", rngs=rngs)
+        self.stages = nnx.List([_Stage(a, b, rngs=rngs) for a, b in zip(channels[:-1], channels[1:], strict=True)])
+        stride = 4 << (len(channels) - 1)
+        self.squeeze = nnx.Linear(channels[-1], _SQUEEZED, rngs=rngs)
+        self.up = nnx.Linear(config.height * config.width // stride**2 * _SQUEEZED, config.hidden, rngs=rngs)
+        self.head = nnx.Linear(config.hidden, config.outputs, rngs=rngs)
 
     def __call__(self, pictures: Float[Array, "n h w 3"]) -> Float[Array, "n o"]:
         x = jax.nn.gelu(self.patch(pictures))
@@ -127,13 +173,15 @@ class PixelReader(nnx.Module):
         return self.head(jax.nn.gelu(self.up(x.reshape(len(x), -1))))
 
 
+_SQUEEZED = 20  # channels of the flattened grid
+
+
 class FaceEstimator(nnx.Module):
-    """Both networks. Pictures are float32 in [-1, 1]; outputs are normalised, see `split_outputs`."""
+    """All readers. Pictures are float32 in [-1, 1]; outputs are normalised, quantities first, then identity."""
 
     def __init__(self, *, rngs: nnx.Rngs):
-        outputs = len(HEAD_OUTPUTS) + IDENTITY_SIZE
-        self.whole = PixelReader(SIZE // 2, (48, 80, 96), 128, outputs, rngs=rngs)
-        self.mouth = PixelReader(MOUTH_CROP, (32, 64), 64, len(MOUTH_OUTPUTS), rngs=rngs)
+        for name, config in READERS.items():
+            setattr(self, name, PixelReader(config, rngs=rngs))
 
 
 def halve(pictures: Float[Array, "n h w 3"]) -> Float[Array, "n i j 3"]:
@@ -142,44 +190,62 @@ def halve(pictures: Float[Array, "n h w 3"]) -> Float[Array, "n i j 3"]:
     return pictures.reshape(n, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
 
 
-def mouth_origin(centre_y: Float[Array, " n"], centre_x: Float[Array, " n"]) -> Int[Array, "n 2"]:
-    """First pixel of the crop around a mouth, kept inside the picture."""
-    corner = jnp.round(jnp.stack([centre_y, centre_x], axis=-1) - MOUTH_CROP / 2)
-    return jnp.clip(corner, 0, SIZE - MOUTH_CROP).astype(jnp.int32)
+def crop_origin(reader: str, y: Float[Array, "*b"], x: Float[Array, "*b"]) -> Int[Array, "*b 2"]:
+    """First pixel of what the reader of mouth or eyes sees, around the middle of their box; kept inside the picture."""
+    config = READERS[reader]
+    lift = _EYES_LIFT if reader == "eyes" else 0.0
+    corner = jnp.round(jnp.stack([y - lift - config.height / 2, x - config.width / 2], axis=-1))
+    return jnp.clip(corner, 0, jnp.asarray([SIZE - config.height, SIZE - config.width])).astype(jnp.int32)
 
 
-def mouth_centre(identity: Identity, state: FaceState) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(y, x) of the middle of the mouth's box in pixels of a picture of 256x256."""
-    y0, x0, y1, x1 = mouth_box(identity, state, SIZE)
-    return (y0 + y1) / 2, (x0 + x1) / 2
+def true_places(identity: Identity, state: FaceState) -> dict[str, Float[Array, ""]]:
+    """Where mouth and eyes are: the middles of their boxes in pixels of a picture of 256x256."""
+    places = {}
+    for name, box in (("mouth", mouth_box(identity, state, SIZE)), ("eyes", eyes_box(identity, state, SIZE))):
+        places |= {f"{name}_y": (box[0] + box[2]) / 2, f"{name}_x": (box[1] + box[3]) / 2}
+    return places
 
 
-def true_outputs(identity: Identity, state: FaceState) -> tuple[Float[Array, " h"], Float[Array, " m"]]:
-    """What both networks should put out, normalised, for one face in one state."""
-    y, x = mouth_centre(identity, state)
-    _, width = true_mouth(identity, state)
-    head = {"mouth_y": y, "mouth_x": x} | {name: getattr(state, name) for name in list(HEAD_OUTPUTS)[2:]}
-    mouth = {"opening": jnp.clip(state.mouth_open, 0.0, 1.0), "width": width, "smile": state.smile}
-    head_row = [_normalise(head[name], *HEAD_OUTPUTS[name]) for name in HEAD_OUTPUTS]
-    mouth_row = [_normalise(mouth[name], *MOUTH_OUTPUTS[name]) for name in MOUTH_OUTPUTS]
-    return jnp.concatenate([jnp.stack(head_row), identity_vector(identity)]), jnp.stack(mouth_row)
+def true_outputs(identity: Identity, state: FaceState) -> dict[str, Float[Array, " o"]]:
+    """What each reader should put out for one face in one state."""
+    seen = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    seen |= true_places(identity, state)
+    seen |= {"opening": jnp.clip(state.mouth_open, 0.0, 1.0), "width": true_mouth(identity, state)[1]}
+    result = {}
+    for name, config in READERS.items():
+        numbers = [(seen[q] - mean) / scale for q, (mean, scale) in config.quantities.items()]
+        result[name] = jnp.concatenate([jnp.stack(numbers), _identity(identity, config)])
+    return result
 
 
 def identity_vector(identity: Identity) -> Float[Array, "32"]:
     """The face's parameters, normalised: the truth of `Reading.identity`."""
-    parts = [_normalise(getattr(identity, name), mean, scale) for name, (mean, scale) in IDENTITY_OUTPUTS.items()]
-    return jnp.concatenate([jnp.atleast_1d(part) for part in parts])
+    return jnp.concatenate([_identity(identity, config) for config in READERS.values()])
 
 
 def apply(estimator: FaceEstimator, pictures: Float[Array, "n 256 256 3"]) -> Reading:
-    """Reads pictures in [-1, 1]: the whole first, then the mouth where the first network says it is."""
-    head = estimator.whole(halve(pictures))
-    named = {name: head[:, i] * scale + mean for i, (name, (mean, scale)) in enumerate(HEAD_OUTPUTS.items())}
-    origin = mouth_origin(named.pop("mouth_y"), named.pop("mouth_x"))
-    crop = jax.vmap(lambda p, o: jax.lax.dynamic_slice(p, (o[0], o[1], 0), (MOUTH_CROP, MOUTH_CROP, 3)))
-    mouth = estimator.mouth(crop(pictures, origin))
-    named |= {name: mouth[:, i] * scale + mean for i, (name, (mean, scale)) in enumerate(MOUTH_OUTPUTS.items())}
-    return Reading(identity=head[:, len(HEAD_OUTPUTS) :], **named)
+    """Reads pictures in [-1, 1]: the whole first, then mouth and eyes where the first reader says they are."""
+    seen, identity = _named("whole", estimator.whole(halve(pictures)))
+    parts = [identity]
+    for name in ("eyes", "mouth"):
+        shape = (READERS[name].height, READERS[name].width, 3)
+        origin = crop_origin(name, seen.pop(f"{name}_y"), seen.pop(f"{name}_x"))
+        crop = jax.vmap(lambda p, o, shape=shape: jax.lax.dynamic_slice(p, (o[0], o[1], 0), shape))
+        read, identity = _named(name, getattr(estimator, name)(crop(pictures, origin)))
+        seen |= read
+        parts.append(identity)
+    return Reading(identity=jnp.concatenate(parts, axis=-1), **seen)
+
+
+def _named(reader: str, outputs: Float[Array, "n o"]) -> tuple[dict[str, Float[Array, " n"]], Float[Array, "n i"]]:
+    quantities = READERS[reader].quantities
+    named = {name: outputs[:, i] * scale + mean for i, (name, (mean, scale)) in enumerate(quantities.items())}
+    return named, outputs[:, len(quantities) :]
+
+
+def _identity(identity: Identity, config: ReaderConfig) -> Float[Array, " i"]:
+    parts = [(getattr(identity, name) - mean) / scale for name, (mean, scale) in config.identity.items()]
+    return jnp.concatenate([jnp.atleast_1d(part) for part in parts])
 
 
 class Estimator:
@@ -226,7 +292,3 @@ def join(parts: Iterable[Reading]) -> Reading:
 
 def _first(leaf: np.ndarray, count: int) -> np.ndarray:
     return np.asarray(leaf)[:count]
-
-
-def _normalise(value: Array, mean: float, scale: float) -> Array:
-    return (value - mean) / scale

@@ -85,4 +85,6 @@ def lab(pictures: Num[np.ndarray, "*b 3"]) -> Float[np.ndarray, "*b 3"]:
 
 def _same_shape(a: np.ndarray, b: np.ndarray) -> None:
     if a.shape != b.shape:
-        raise ValueError(f"pictures of shapes {list(a.shape)} and {list(b.shape)} cannot be compared: bring them to one size")
+        raise ValueError(
+            f"pictures of shapes {list(a.shape)} and {list(b.shape)} cannot be compared: bring them to one size"
+        )

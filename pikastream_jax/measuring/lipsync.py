@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float
 
 MAX_LAG = 10  # frames
 # Lips count as closed below this opening. In the true tracks 0.08 and less stands for pauses and closures, 0.13 and
-# more for the weakest vowel (`pikastream_jax/data/speech.py`); the threshold lies between.
+# more for the weakest vowel (`pikastream_jax/data/speech.py`): of the corpus's frames 41% lie below 0.08 and 3% between
+# the two, so the true closures hardly depend on where in between the threshold is.
 CLOSED = 0.10
 TOLERANCE = 1  # frames by which a closure may be early or late
 
@@ -51,7 +52,9 @@ def correlations(true: Float[np.ndarray, " t"], measured: Float[np.ndarray, " t"
       ValueError: curves of different lengths, or shorter than 25 frames.
     """
     if true.shape != measured.shape or len(true) < 25:
-        raise ValueError(f"curves of {len(true)} and {len(measured)} frames: give two of one length, at least 25 frames")
+        raise ValueError(
+            f"curves of {len(true)} and {len(measured)} frames: give two of one length, at least 25 frames"
+        )
     result = []
     for lag in range(-MAX_LAG, MAX_LAG + 1):
         a = true[max(0, -lag) : len(true) - max(0, lag)]
@@ -81,9 +84,7 @@ def match_closures(true: Float[np.ndarray, " t"], measured: Float[np.ndarray, " 
     free = set(range(len(found)))
     matched = 0
     for start, stop in wanted:
-        near = [
-            i for i in free if found[i][0] <= stop + TOLERANCE and found[i][1] >= start - TOLERANCE
-        ]
+        near = [i for i in free if found[i][0] <= stop + TOLERANCE and found[i][1] >= start - TOLERANCE]
         if near:
             free.remove(min(near, key=lambda i: abs(found[i][0] - start)))
             matched += 1

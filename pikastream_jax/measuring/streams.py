@@ -9,7 +9,16 @@ from jaxtyping import Float, UInt8
 
 from pikastream_jax.data.face import Identity
 from pikastream_jax.measuring.estimator import Estimator, Reading
-from pikastream_jax.measuring.subjects import TrueCurves, draw, excerpt, film, person, portrait_state, true_curves, true_motion
+from pikastream_jax.measuring.subjects import (
+    TrueCurves,
+    draw,
+    excerpt,
+    film,
+    person,
+    portrait_state,
+    true_curves,
+    true_motion,
+)
 
 KEPT = 8  # frames of every clip that are kept for the contact sheet
 EDGE = 32  # pixels: side of the boxes in the upper corners, where the background never moves
@@ -100,7 +109,9 @@ def make_clip(scene: Scene, filmer: Filmer, estimator: Estimator) -> Clip:
     """
     frames = filmer(scene)
     if len(frames) != len(scene.truth.opening):
-        raise ValueError(f"{len(frames)} frames for {len(scene.truth.opening)} frames of sound: the generator is out of step")
+        raise ValueError(
+            f"{len(frames)} frames for {len(scene.truth.opening)} frames of sound: the generator is out of step"
+        )
     kept = np.linspace(0, len(frames) - 1, KEPT).round().astype(int)
     return Clip(scene, estimator(frames), frames[kept], background_change(frames))
 

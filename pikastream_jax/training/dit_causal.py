@@ -100,7 +100,7 @@ def sample_causal(
     return jnp.concatenate(chunks, axis=1)
 
 
-def build(config: Config, seed: int, init: dict[str, Path], updates: int = 700) -> Stage:
+def build(config: Config, seed: int, init: dict[str, Path], updates: int = 300) -> Stage:
     """The stage. `init` names `clips`, `flash_vae` (for pictures) and `denoiser`, the pre-trained teacher."""
     settings = CausalConfig()
     model = functional(lambda rngs: Denoiser(config, rngs=rngs))
@@ -155,5 +155,5 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 700) 
         evaluate=lambda state: {"loss": float(held_out(state.ema, data()))},
         evaluate_every=100,
         sample=sample,
-        sample_every=200,
+        sample_every=150,
     )

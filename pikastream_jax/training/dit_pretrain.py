@@ -72,7 +72,7 @@ def sample_bidirectional(
     return jax.lax.scan(euler, start, (times[:-1], times[1:]))[0]
 
 
-def build(config: Config, seed: int, init: dict[str, Path], updates: int = 1_000) -> Stage:
+def build(config: Config, seed: int, init: dict[str, Path], updates: int = 600) -> Stage:
     """The stage. `init` names `clips` and `flash_vae` (for pictures), and may name a `denoiser` to start from."""
     settings = PretrainConfig()
 
@@ -133,7 +133,7 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 1_000
         data=data,
         config={"preset": config.name, "dit": dataclasses.asdict(config.dit), "stage": dataclasses.asdict(settings)},
         evaluate=lambda state: {"loss": float(held_out_loss(state.ema, data()))},
-        evaluate_every=100,
+        evaluate_every=200,
         sample=sample,
-        sample_every=200,
+        sample_every=400,
     )

@@ -1,5 +1,7 @@
 """The DiT: the chunked pass through the cache against the whole sequence, and what each token may see."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,12 +33,13 @@ def setting():
     return config, models, params.denoiser, inputs
 
 
-def run_sequence(setting, chunk_ids, distance=8.0, **changes):
-    config, models, params, inputs = setting
-    inputs = inputs | changes
+@functools.cache
+def compiled_sequence(config):
+    """One program for all tests: chunks and distance are data."""
+    models, _ = small_models(config)
 
     @jax.jit
-    def run(params, inputs):
+    def run(params, inputs, chunk_ids, distance):
         denoiser = models.denoiser.bind(params)
         text, valid = denoiser.text_conditions(inputs["tokens"], inputs["valid"])
         return denoiser.dit.forward_sequence(
@@ -46,21 +49,31 @@ def run_sequence(setting, chunk_ids, distance=8.0, **changes):
             denoiser.dit.reference_keys_values(inputs["reference"]),
             chunk_ids=chunk_ids,
             window=config.stream.window,
-            reference_distance=jnp.full(2, distance),
+            reference_distance=distance,
         )
 
-    return run(params, inputs)
+    return run
+
+
+def run_sequence(setting, chunk_ids, distance=8.0, **changes):
+    config, _, params, inputs = setting
+    return compiled_sequence(config)(params, inputs | changes, chunk_ids, jnp.full(2, distance))
 
 
 def run_chunks(setting, config):
     _, models, params, inputs = setting
     size, n = config.stream.chunk, config.tokens_per_frame
-    denoiser = models.denoiser.bind(params)
-    state = install_reference(init_state(config, 2), denoiser.dit.reference_keys_values(inputs["reference"]))
-    text, valid = denoiser.text_conditions(inputs["tokens"], inputs["valid"])
 
     @jax.jit
-    def run(params, state, latents, t, mel):
+    def start(params, inputs):
+        denoiser = models.denoiser.bind(params)
+        state = install_reference(init_state(config, 2), denoiser.dit.reference_keys_values(inputs["reference"]))
+        return state, denoiser.text_conditions(inputs["tokens"], inputs["valid"])
+
+    state, text = start(params, inputs)
+
+    @jax.jit
+    def run(params, state, text, latents, t, mel):
         denoiser = models.denoiser.bind(params)
         audio = denoiser.dit.audio_keys_values(denoiser.audio(mel))
         places = grid_positions(slot_times(config, state.ring_count), *config.token_grid)
@@ -68,7 +81,7 @@ def run_chunks(setting, config):
         velocity, own = denoiser.dit.forward_chunk(
             latents,
             t,
-            Conditions(text, valid, audio),
+            Conditions(*text, audio),
             KeysValues(rotated, state.dit_v),
             fixed_slots=(1 + config.stream.sink) * n,
             fixed_valid=(1 + state.sink_count) * n,
@@ -79,7 +92,7 @@ def run_chunks(setting, config):
     out = []
     for first in range(0, FRAMES, size):
         part = slice(first, first + size)
-        velocity, state = run(params, state, inputs["latents"][:, part], inputs["t"][:, part], inputs["mel"][:, part])
+        velocity, state = run(params, state, text, *(inputs[name][:, part] for name in ("latents", "t", "mel")))
         out.append(velocity)
     assert run._cache_size() == 1
     return jnp.concatenate(out, axis=1)
@@ -129,9 +142,9 @@ def test_position_alone_tells_the_reference_apart(setting):
 def test_audio_reaches_its_own_frame_first(setting):
     """Frame-wise audio attention: with every frame its own chunk and no window left, sound n changes frame n alone."""
     config, models, params, inputs = setting
-    denoiser = models.denoiser.bind(params)
+    encode = jax.jit(lambda params, mel: models.denoiser.bind(params).audio(mel))
     mel = inputs["mel"]
-    base, changed = denoiser.audio(mel), denoiser.audio(mel.at[:, 3].add(1.0))
+    base, changed = encode(params, mel), encode(params, mel.at[:, 3].add(1.0))
     difference = np.abs(base - changed).max(axis=(0, 2, 3))
     assert difference[3] > 1e-3 and (np.delete(difference, 3) == 0).all()
 
@@ -149,13 +162,13 @@ def test_padding_of_the_prompt_has_no_influence(setting):
 def test_prompts_per_latent_frame(setting):
     """Two prompts with an index per frame give what each prompt alone gives, frame by frame, in one layer of text."""
     config, models, params, inputs = setting
-    denoiser = models.denoiser.bind(params)
+    encode = jax.jit(lambda params, *prompts: models.denoiser.bind(params).text_conditions(*prompts))
     tokens = jnp.stack([inputs["tokens"][:, 0], inputs["tokens"][::-1, 0]], axis=1)
     valid = jnp.array([[3, 6], [6, 3]])
     index = jnp.array([[0] * 5 + [1] * 5] * 2)
-    kv, per_frame = denoiser.text_conditions(tokens, valid, index)
-    alone, _ = denoiser.text_conditions(tokens[:, :1], valid[:, :1])
-    other, _ = denoiser.text_conditions(tokens[:, 1:], valid[:, 1:])
+    kv, per_frame = encode(params, tokens, valid, index)
+    alone, _ = encode(params, tokens[:, :1], valid[:, :1])
+    other, _ = encode(params, tokens[:, 1:], valid[:, 1:])
     np.testing.assert_allclose(kv.k[:, :, :5], jnp.broadcast_to(alone.k, kv.k[:, :, :5].shape), atol=1e-6)
     np.testing.assert_allclose(kv.v[:, :, 5:], jnp.broadcast_to(other.v, kv.v[:, :, 5:].shape), atol=1e-6)
     assert per_frame.tolist() == [[3] * 5 + [6] * 5, [6] * 5 + [3] * 5]

@@ -1,6 +1,7 @@
 """The generator's step: one program for ever, rows that know nothing of each other, and the state's rules."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,36 +14,54 @@ from pikastream_jax.streaming.state import StepInputs, init_state, install_promp
 from pikastream_jax.streaming.step import generate_clip, generate_step, slot_times, write_chunk
 from tests.small import small_config, small_models
 
-CHUNKS = 6
+CHUNKS, BATCH = 6, 2
 
 
-def start(config, models, params, batch, seed=0):
-    denoiser = models.denoiser.bind(params.denoiser)
-    rows, columns = config.latent_grid
-    reference = jax.random.normal(jax.random.key(seed), (batch, rows, columns, 4))
-    state = install_reference(init_state(config, batch), denoiser.dit.reference_keys_values(reference))
-    tokens = jnp.tile(jnp.array([[[1, 5, 9, 0, 0, 0]]]), (batch, 1, 1))
-    state = install_prompt(state, *denoiser.text_conditions(tokens, jnp.full((batch, 1), 3)))
-    return dataclasses.replace(state, rng=jnp.arange(2 * batch, dtype=jnp.uint32).reshape(batch, 2) + seed)
+@functools.cache
+def compiled_step(config):
+    """(state, inputs) -> (state, frames), compiled once for all tests of a preset; the state is donated."""
+    models, params = small_models(config)
+    step = jax.jit(functools.partial(generate_step, models), donate_argnums=1)
+    return step, functools.partial(step, params)
 
 
-def inputs(config, chunk, batch):
+@functools.cache
+def compiled_start(config):
+    models, params = small_models(config)
+
+    @jax.jit
+    def installed(params, reference, tokens, valid):
+        denoiser = models.denoiser.bind(params)
+        state = install_reference(init_state(config, BATCH), denoiser.dit.reference_keys_values(reference))
+        state = install_prompt(state, *denoiser.text_conditions(tokens, valid))
+        return dataclasses.replace(state, rng=jnp.arange(2 * BATCH, dtype=jnp.uint32).reshape(BATCH, 2))
+
+    return functools.partial(installed, params.denoiser)
+
+
+def start(config):
+    """Two rows with a face and a prompt each."""
+    reference = np.random.default_rng(0).normal(size=(BATCH, *config.latent_grid, 4)).astype(np.float32)
+    tokens = np.array([[[1, 5, 9, 0, 0, 0]]] * BATCH, np.int32)
+    return compiled_start(config)(reference, tokens, np.full((BATCH, 1), 3, np.int32))
+
+
+def inputs(config, chunk):
     counts = chunk_sample_counts(config, chunk * config.stream.chunk)
-    audio = jax.random.normal(jax.random.key(100 + chunk), (batch, max_chunk_samples(config)))
-    return StepInputs(audio, jnp.tile(jnp.array([counts], jnp.int32), (batch, 1)))
+    audio = np.random.default_rng(100 + chunk).normal(size=(BATCH, max_chunk_samples(config))).astype(np.float32)
+    return StepInputs(jnp.asarray(audio), jnp.tile(jnp.array([counts], jnp.int32), (BATCH, 1)))
 
 
 @pytest.mark.parametrize("stream", [{}, {"sink": 2}, {"clean_pass": True, "fps": 24}])
 def test_one_compilation_over_first_filling_and_full_cache(stream):
     config = small_config(**stream)
-    models, params = small_models(config)
-    step = jax.jit(lambda p, s, i: generate_step(models, p, s, i), donate_argnums=1)
-    state = start(config, models, params, 2)
+    step, run = compiled_step(config)
+    state = start(config)
     shapes = jax.tree.map(jnp.shape, state)
     frames = []
     for chunk in range(CHUNKS):
         old = state
-        state, video = step(params, state, inputs(config, chunk, 2))
+        state, video = run(state, inputs(config, chunk))
         assert old.dit_k.is_deleted(), "the state is donated"
         frames.append(video)
     assert step._cache_size() == 1
@@ -52,40 +71,47 @@ def test_one_compilation_over_first_filling_and_full_cache(stream):
     assert video.std() > 0.1 * 127
     assert state.ring_count.tolist() == [CHUNKS * 2 - config.stream.sink] * 2
 
-    # The offline form is a scan of the same step.
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[inputs(config, chunk, 2) for chunk in range(CHUNKS)])
-    _, clip = jax.jit(lambda p, s, i: generate_clip(models, p, s, i))(params, start(config, models, params, 2), stacked)
-    assert np.abs(clip.astype(int) - video.astype(int)).max() <= 1
+
+def test_the_offline_form_equals_the_stream():
+    config = small_config()
+    models, params = small_models(config)
+    given = [inputs(config, chunk) for chunk in range(CHUNKS)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *given)
+    end, clip = jax.jit(functools.partial(generate_clip, models))(params, start(config), stacked)
+    state, frames = start(config), []
+    for one in given:
+        state, video = compiled_step(config)[1](state, one)
+        frames.append(video)
+    assert np.abs(clip.astype(int) - np.concatenate(frames, axis=1).astype(int)).max() <= 1
+    np.testing.assert_allclose(end.dit_k, state.dit_k, atol=1e-3)
 
 
 def test_rows_are_independent():
     """A row gives the same frames whatever its neighbour does."""
     config = small_config()
-    models, params = small_models(config)
-    step = jax.jit(lambda p, s, i: generate_step(models, p, s, i))
-    state = start(config, models, params, 2)
-    other = jax.tree.map(lambda leaf: leaf, state)
-    other = dataclasses.replace(other, rng=state.rng.at[1].set(jnp.array([7, 7], jnp.uint32)))
+    _, run = compiled_step(config)
+    state = start(config)
+    other = start(config)
+    other = dataclasses.replace(other, rng=other.rng.at[1].set(jnp.array([7, 7], jnp.uint32)))
     for chunk in range(3):
-        now = inputs(config, chunk, 2)
+        now = inputs(config, chunk)
         changed = dataclasses.replace(now, audio=now.audio.at[1].set(0.0))
-        state, video = step(params, state, now)
-        other, video_other = step(params, other, changed)
+        state, video = run(state, now)
+        other, video_other = run(other, changed)
         np.testing.assert_array_equal(video[0], video_other[0])
         assert (video[1] != video_other[1]).any()
 
 
 def test_no_later_sound_reaches_a_chunk():
     config = small_config()
-    models, params = small_models(config)
-    step = jax.jit(lambda p, s, i: generate_step(models, p, s, i))
-    first = inputs(config, 0, 1)
-    used = int(first.samples.sum())
+    _, run = compiled_step(config)
+    first = inputs(config, 0)
+    used = int(first.samples[0].sum())
     later = dataclasses.replace(first, audio=first.audio.at[:, used:].set(9.0))
-    state = start(config, models, params, 1)
-    np.testing.assert_array_equal(step(params, state, first)[1], step(params, state, later)[1])
+    _, expected = run(start(config), first)
+    np.testing.assert_array_equal(run(start(config), later)[1], expected)
     sooner = dataclasses.replace(first, audio=first.audio.at[:, used - 200 : used].set(0.0))
-    assert (step(params, state, first)[1] != step(params, state, sooner)[1]).any()
+    assert (run(start(config), sooner)[1] != expected).any(axis=(1, 2, 3, 4)).all()
 
 
 def test_slot_times_by_hand():
