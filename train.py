@@ -29,7 +29,7 @@ class Arguments:
     """Train one stage of pikastream-jax. The same command again continues a stopped run."""
 
     stage: Annotated[str, tyro.conf.Positional]
-    """One of flash_vae_low_res, flash_vae_streaming, dit_pretrain, dit_causal."""
+    """One of flash_vae_low_res, flash_vae_streaming, dit_pretrain, dit_causal, face_estimator."""
     out: Path
     """Folder of the run: metrics, pictures, checkpoints."""
     config: str = "tiny"
@@ -40,6 +40,8 @@ class Arguments:
     """Stop after this many updates; the run can be continued."""
     minutes: float | None = None
     """Stop after about this many minutes; the run can be continued."""
+    cpu_devices: int = 1
+    """Without an accelerator: split the batch over this many cores, which is faster than one device on all of them."""
     init: tuple[str, ...] = ()
     """Weights to start from, each NAME=PATH (a .safetensors file or a run folder), for example flash_vae=runs/vae."""
 

@@ -13,6 +13,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _require_attention(name: str, dim: int, heads: int, kv_heads: int | None = None) -> None:
+    _require(heads >= 1, f"{name}: heads {heads} must be at least 1")
     _require(dim % heads == 0, f"{name}: dim {dim} is not a multiple of heads {heads}; choose heads that divide it")
     head_dim = dim // heads
     _require(
@@ -20,7 +21,10 @@ def _require_attention(name: str, dim: int, heads: int, kv_heads: int | None = N
         f"{name}: head dim {head_dim} (dim {dim} / heads {heads}) must be even and >= 12 to hold 3D RoPE; use fewer heads",
     )
     if kv_heads is not None:
-        _require(heads % kv_heads == 0, f"{name}: heads {heads} is not a multiple of kv_heads {kv_heads}")
+        _require(
+            kv_heads >= 1 and heads % kv_heads == 0,
+            f"{name}: heads {heads} is not a multiple of kv_heads {kv_heads}; choose kv_heads that divide it",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +138,7 @@ class DiTConfig:
 
     def __post_init__(self):
         _require_attention("dit", self.dim, self.heads)
+        _require(self.patch >= 1, f"dit: patch {self.patch} must be at least 1")
         _require(self.frequency_dim % 2 == 0, f"dit: frequency_dim {self.frequency_dim} must be even")
 
     @property
@@ -157,13 +162,15 @@ class StreamConfig:
     clean_pass: bool = False  # one more forward pass to cache keys of the clean chunk, instead of the last step's
 
     def __post_init__(self):
-        _require(self.chunk >= 1, f"stream: chunk {self.chunk} must be at least 1 latent frame")
+        for name in ("fps", "height", "width", "chunk"):
+            _require(getattr(self, name) >= 1, f"stream: {name} {getattr(self, name)} must be at least 1")
         _require(
             self.window % self.chunk == 0 and self.window >= self.chunk,
             f"stream: window {self.window} must be a positive multiple of chunk {self.chunk}, so that a chunk never straddles the ring's end",
         )
         _require(
-            self.sink % self.chunk == 0, f"stream: sink {self.sink} must be a multiple of chunk {self.chunk}: it keeps whole chunks"
+            self.sink % self.chunk == 0 and self.sink >= 0,
+            f"stream: sink {self.sink} must be 0 or a positive multiple of chunk {self.chunk}: it keeps whole chunks",
         )
         _require(1 <= self.steps <= 64, f"stream: steps {self.steps} must lie in 1-64")
         _require(self.shift > 0 and math.isfinite(self.shift), f"stream: shift {self.shift} must be positive and finite")

@@ -79,7 +79,7 @@ class Plan:
     calibration_people: int
 
 
-FULL = Plan(24, 12, 6, 6, 3, 8, 32, 24, 64)
+FULL = Plan(24, 10, 5, 4, 3, 8, 32, 24, 64)
 QUICK = Plan(4, 6, 3, 0, 0, 2, 6, 12, 24)
 
 

@@ -76,15 +76,15 @@ def closure_runs(opening: Float[np.ndarray, " t"], threshold: float = CLOSED) ->
 def match_closures(true: Float[np.ndarray, " t"], measured: Float[np.ndarray, " t"]) -> Closures:
     """Closures of both curves by the same rule, matched one to one in order of time.
 
-    A closure is a run of frames with an opening below 0.10 that follows an open frame. A measured run matches a true one
-    when it overlaps that run widened by one frame on each side; each serves once, and of several the one that begins
-    nearest is taken. So the long closure of a pause is one closure, and lips that flutter through it are wrong.
+    A closure is a run of frames with an opening below 0.10 that follows an open frame. Two match when their first frames
+    are at most one frame apart; each serves once, and of several the nearest is taken. So the long closure of a pause is
+    one closure, lips that flutter through it are wrong, and so are lips that come two frames late.
     """
     wanted, found = closure_runs(true), closure_runs(measured)
     free = set(range(len(found)))
     matched = 0
-    for start, stop in wanted:
-        near = [i for i in free if found[i][0] <= stop + TOLERANCE and found[i][1] >= start - TOLERANCE]
+    for start, _ in wanted:
+        near = [i for i in free if abs(found[i][0] - start) <= TOLERANCE]
         if near:
             free.remove(min(near, key=lambda i: abs(found[i][0] - start)))
             matched += 1
@@ -101,21 +101,25 @@ def compare(
 
     Returns:
       `opening` and `width`: the lag in frames at which the correlation, averaged over clips, is highest; the correlation
-      there and at no lag; and the worst clip's. `closures`: see `Closures.report`, pooled over clips.
+      there and at no lag; and the worst clip's. `closures`: see `Closures.report`, pooled over clips; `f1_chance` is the F1
+      of each measured curve against the next clip's truth, what lips reach that close as often but to other words.
 
     Raises:
       ValueError: no clips.
     """
     if not true_opening:
         raise ValueError("no clips to compare: give at least one")
-    closures = sum(
-        (match_closures(t, m) for t, m in zip(true_opening, measured_opening, strict=True)), start=Closures(0, 0, 0)
-    )
+    others = [*true_opening[1:], true_opening[0]]
     return {
         "opening": _at_best_lag(true_opening, measured_opening),
         "width": _at_best_lag(true_width, measured_width),
-        "closures": closures.report(),
+        "closures": _pooled(true_opening, measured_opening).report()
+        | {"f1_chance": _pooled(others, measured_opening).f1 if len(true_opening) > 1 else float("nan")},
     }
+
+
+def _pooled(true: Sequence[np.ndarray], measured: Sequence[np.ndarray]) -> Closures:
+    return sum((match_closures(t, m) for t, m in zip(true, measured, strict=True)), start=Closures(0, 0, 0))
 
 
 def _at_best_lag(true: Sequence[np.ndarray], measured: Sequence[np.ndarray]) -> dict[str, float]:

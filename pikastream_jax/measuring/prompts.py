@@ -31,7 +31,7 @@ OTHERS = (
     Expectation("a person looking down", "gaze_y", 1, 0.35),
     Expectation("a person looking sad", "smile", -1, -0.25),
     Expectation("a person looking angry", "brow_furrow", 1, 0.40),
-    Expectation("a person looking surprised", "brow_raise", 1, 0.40),
+    Expectation("a person looking surprised", "brow_raise", 1, 0.55),
     Expectation("a person with the head tilted to the left", "roll", -1, -0.06),
     Expectation("a person with the head tilted to the right", "roll", 1, 0.06),
 )

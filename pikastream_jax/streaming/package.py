@@ -63,7 +63,7 @@ def load_package(path: Path | None = None) -> Package:
     models = Models.of(config)
     statistics = safetensors_io.restore_into(
         {"mean": jnp.zeros(config.dit.latent_channels), "std": jnp.zeros(config.dit.latent_channels)},
-        loaded.pop("statistics"),
+        loaded.get("statistics", {}),
     )
     params = ModelParams(
         safetensors_io.restore_into(models.denoiser.abstract, loaded.get("denoiser", {})),

@@ -26,6 +26,7 @@ from pikastream_jax.streaming.step import Models, denoise_chunk
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.dit_data import DiTBatch, draw_batch, load_data, weighted_velocity_loss
 from pikastream_jax.training.loop import Stage, TrainState
+from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, ema_update, make_optimiser
 from pikastream_jax.training.previews import save_preview
 from pikastream_jax.weights.safetensors_io import restore_into
@@ -36,7 +37,7 @@ class CausalConfig:
     """Settings of the stage."""
 
     batch: int = 6
-    latent_frames: int = 9
+    latent_frames: int = 6
     ema: float = 0.99
     optimiser: OptimiserConfig = OptimiserConfig(learning_rate=7e-4, warmup_steps=30, decay="linear")
 
@@ -114,7 +115,7 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 300) 
 
     def update(state: TrainState, key: Array, data: dict) -> tuple[TrainState, dict]:
         k_data, k_chunks, k_loss = jax.random.split(key, 3)
-        batch = draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames)
+        batch = split_batch(draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames))
         chunk_ids = random_chunks(k_chunks, settings.batch, settings.latent_frames, config.stream.chunk)
         value, gradient = jax.value_and_grad(lambda p: causal_loss(config, model, p, batch, k_loss, chunk_ids))(state.params)
         updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)

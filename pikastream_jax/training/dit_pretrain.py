@@ -16,6 +16,7 @@ from pikastream_jax.nn.layers import Functional, Params, functional, initial_par
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.dit_data import DiTBatch, draw_batch, load_data, weighted_velocity_loss
 from pikastream_jax.training.loop import Stage, TrainState
+from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, ema_update, make_optimiser
 from pikastream_jax.training.previews import save_preview
 from pikastream_jax.weights.safetensors_io import restore_into
@@ -26,10 +27,10 @@ class PretrainConfig:
     """Settings of the stage."""
 
     batch: int = 8
-    latent_frames: int = 9
+    latent_frames: int = 6
     shift: float = 1.5  # of the logit-normal timesteps
-    ema: float = 0.995
-    optimiser: OptimiserConfig = OptimiserConfig(learning_rate=1.5e-3, warmup_steps=100, decay="linear")
+    ema: float = 0.99
+    optimiser: OptimiserConfig = OptimiserConfig(learning_rate=2e-3, warmup_steps=50, decay="linear")
 
 
 def bidirectional_velocity(
@@ -72,7 +73,7 @@ def sample_bidirectional(
     return jax.lax.scan(euler, start, (times[:-1], times[1:]))[0]
 
 
-def build(config: Config, seed: int, init: dict[str, Path], updates: int = 600) -> Stage:
+def build(config: Config, seed: int, init: dict[str, Path], updates: int = 550) -> Stage:
     """The stage. `init` names `clips` and `flash_vae` (for pictures), and may name a `denoiser` to start from."""
     settings = PretrainConfig()
 
@@ -100,7 +101,7 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 600) 
 
     def update(state: TrainState, key: Array, data: dict) -> tuple[TrainState, dict]:
         k_data, k_loss = jax.random.split(key)
-        batch = draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames)
+        batch = split_batch(draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames))
         value, gradient = jax.value_and_grad(loss)(state.params, batch, k_loss)
         updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
         params = jax.tree.map(jnp.add, state.params, updates)

@@ -16,6 +16,7 @@ from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.faces import FaceBatch, face_batch
 from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.losses import psnr, reconstruction_loss, region_weights
+from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, ema_update, make_optimiser
 from pikastream_jax.training.pictures import save_rows
 from pikastream_jax.weights.safetensors_io import restore_into
@@ -89,7 +90,7 @@ def _build(config: Config, name: str, stage: VAEStageConfig, seed: int, init: di
 
     def update(state: TrainState, key: Array, data: dict) -> tuple[TrainState, dict]:
         k_data, k_noise = jax.random.split(key)
-        batch = face_batch(k_data, stage.batch, clip_frames, size, stage.crop)
+        batch = split_batch(face_batch(k_data, stage.batch, clip_frames, size, stage.crop))
         (loss, metrics), gradient = jax.value_and_grad(lambda p: vae_loss(model, p, batch, k_noise, stage), has_aux=True)(
             state.params
         )

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from tqdm import tqdm
 
 from pikastream_jax.training.checkpoint import CHECKPOINTS, Checkpoints
+from pikastream_jax.training.mesh import replicate
 from pikastream_jax.training.metrics import METRICS_FILE, MetricsFile, convergence_verdict
 from pikastream_jax.training.signals import StopRequest, stop_on_signal
 
@@ -144,12 +145,12 @@ class _Stretch:
             state = self.checkpoints.restore(self.saved_step, jax.eval_shape(stage.init))
             self.pending, self.seconds_before = record["pending"], record["seconds"]
         # Distinct buffers: a stage may start with ema = params, and one buffer cannot be donated twice.
-        self.state: TrainState = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
+        self.state: TrainState = replicate(jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state))
         self.step = int(self.state.step)
         self.metrics = MetricsFile(out_dir / METRICS_FILE, self.step)
         (out_dir / "config.json").write_text(json.dumps(_record(stage), indent=2) + "\n")
 
-        self.data = jax.device_put(stage.data())
+        self.data = replicate(stage.data())
 
         def update(state: TrainState, data: PyTree[Array]) -> tuple[TrainState, Metrics]:
             key = jax.random.fold_in(jax.random.key(stage.seed), state.step)

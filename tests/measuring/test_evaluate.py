@@ -58,10 +58,18 @@ def test_figures_that_json_cannot_hold_become_null():
     assert evaluate.plain({"a": float("nan"), "b": [float(1 / 3)], "c": 2}) == {"a": None, "b": [0.3333], "c": 2}
 
 
-def test_a_wrong_option_is_one_line(capsys, monkeypatch):
+def test_a_wrong_option_is_refused_before_anything_is_loaded(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["evaluate", "--minutes-of-drift", "0.2"])
-    assert evaluate.main() == 1
+    with pytest.raises(SystemExit):
+        evaluate.main()
     assert "--minutes-of-drift 0.2" in capsys.readouterr().err
+
+
+def test_missing_weights_are_one_line(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--weights", str(tmp_path / "gone.safetensors")])
+    assert evaluate.main() == 1
+    error = capsys.readouterr().err
+    assert error.startswith("evaluate: ") and "gone.safetensors" in error and error.count("\n") == 1
 
 
 @pytest.mark.slow

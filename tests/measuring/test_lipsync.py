@@ -90,6 +90,14 @@ def test_compare_pools_closures_and_averages_correlation():
     assert report["opening"]["clips"] == 2
 
 
+def test_closures_are_compared_with_chance():
+    """Chance is the same curves against the other clip's truth: here the clips share one closure of three."""
+    curves = [with_closures([5, 20, 40]), with_closures([10, 30, 40])]
+    closures = compare(curves, curves, curves, curves)["closures"]
+    assert closures["f1"] == 1.0
+    assert closures["f1_chance"] == pytest.approx(1 / 3)
+
+
 def test_too_short_curves_are_refused():
     with pytest.raises(ValueError, match="25 frames"):
         correlations(np.zeros(20), np.zeros(20))

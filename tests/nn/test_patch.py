@@ -1,7 +1,6 @@
 """Patches by hand, and there and back."""
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,9 +45,3 @@ def test_there_and_back(batch, rows, columns, patch, channels):
     r, c = rows - 1, columns // 2
     block = picture[..., r * patch : (r + 1) * patch, c * patch : (c + 1) * patch, :]
     np.testing.assert_array_equal(tokens[..., r * columns + c, :], block.reshape(*batch, -1))
-
-
-@pytest.mark.parametrize(("height", "width"), [(3, 4), (4, 3)])
-def test_a_picture_that_does_not_divide_is_refused(height, width):
-    with pytest.raises((TypeError, ValueError)):
-        patchify(np.zeros((height, width, 1)), 2)

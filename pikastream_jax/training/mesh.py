@@ -1,0 +1,35 @@
+"""Data parallelism: the batch is split over all devices, the state is a copy on each.
+
+On a CPU this matters too: XLA runs most of a training step on one core of a device, so `train.py --cpu-devices 2` nearly doubles
+the speed of two cores.
+"""
+
+from typing import TypeVar
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+Tree = TypeVar("Tree")
+
+
+def data_mesh() -> Mesh:
+    """All devices in one axis, `data`."""
+    return jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def replicate(tree: Tree) -> Tree:
+    """A copy of every leaf on every device."""
+    return jax.device_put(tree, NamedSharding(data_mesh(), PartitionSpec()))
+
+
+def split_batch(tree: Tree) -> Tree:
+    """Inside jit: every leaf's leading axis is split over the devices.
+
+    Raises:
+      ValueError: a batch that the devices don't divide.
+    """
+    devices = len(jax.devices())
+    for leaf in jax.tree.leaves(tree):
+        if leaf.shape[0] % devices:
+            raise ValueError(f"a batch of {leaf.shape[0]} does not divide over {devices} devices: change one of them")
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(data_mesh(), PartitionSpec("data")))

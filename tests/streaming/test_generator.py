@@ -1,0 +1,127 @@
+"""Sessions: plain NumPy in and out, one program for all of them, an exact clock, errors with the number that is wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import configs
+from pikastream_jax.streaming.generator import load_generator
+from pikastream_jax.streaming.package import save_package
+from pikastream_jax.text import Tokenizer
+from tests.small import small_config, small_models
+
+CHUNKS = 6  # the window of two chunks fills and evicts
+CONFIG = small_config(fps=24)  # chunks of 5,333 1/3 samples, so that their lengths differ
+TOKENIZER = Tokenizer(("smiling", "woman"), CONFIG.text.length)
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory):
+    """The small preset from a file, as serving loads it."""
+    path = tmp_path_factory.mktemp("generator") / "small.safetensors"
+    _, params = small_models(CONFIG)
+    save_package(path, CONFIG, params, TOKENIZER, {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(configs.PRESETS, "small", lambda: CONFIG)
+        return load_generator(path)
+
+
+def picture(seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (48, 32, 3), np.uint8)
+
+
+def sound(generator, chunk, seed=0):
+    samples = generator.chunk_samples(chunk)
+    return (0.1 * np.random.default_rng([seed, chunk]).normal(size=samples)).astype(np.float32)
+
+
+def play(generator, session, chunks):
+    return np.concatenate([session.step(sound(generator, chunk)) for chunk in range(chunks)])
+
+
+def test_one_program_from_loading_to_a_full_window(generator):
+    assert generator.compiled_steps() == 1, "load_generator compiles the step before the first sound"
+    for prompt in ("a smiling woman", ""):
+        video = play(generator, generator.session(picture(), prompt, seed=1), CHUNKS)
+        assert video.shape == (CHUNKS * 8, 48, 32, 3) and video.dtype == np.uint8
+        assert video.std() > 0.1 * 127
+    assert generator.compiled_steps() == 1
+
+
+def test_the_seed_decides_what_sound_and_prompt_leave_open(generator):
+    first, again, other = (play(generator, generator.session(picture(), "smiling", seed), 2) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).mean() > 0.5
+
+
+def test_face_prompt_and_sound_all_reach_the_pixels(generator):
+    base = play(generator, generator.session(picture(), "smiling", 0), 1)
+    assert (play(generator, generator.session(picture(1), "smiling", 0), 1) != base).any()
+    assert (play(generator, generator.session(picture(), "woman", 0), 1) != base).any()
+    assert (generator.session(picture(), "smiling", 0).step(sound(generator, 0, seed=1)) != base).any()
+
+
+def test_sessions_share_nothing(generator):
+    alone = play(generator, generator.session(picture(), "smiling", 0), 3)
+    session, neighbour = generator.session(picture(), "smiling", 0), generator.session(picture(1), "woman", 9)
+    frames = []
+    for chunk in range(3):
+        neighbour.step(sound(generator, chunk, seed=5))
+        frames.append(session.step(sound(generator, chunk)))
+    np.testing.assert_array_equal(np.concatenate(frames), alone)
+
+
+@pytest.mark.parametrize("shape", [(32, 48, 3), (48, 32), (48, 32, 4), (256, 256, 3)])
+def test_a_picture_of_another_size_is_named(generator, shape):
+    with pytest.raises(ValueError, match=rf"shape \({shape[0]}, {shape[1]}.*takes \(48, 32, 3\): resize it first"):
+        generator.session(np.zeros(shape, np.uint8), "", 0)
+
+
+def test_a_wrong_number_of_samples_is_named_and_changes_nothing(generator):
+    session = generator.session(picture(), "", 0)
+    for samples in (0, 5332, 5334):
+        with pytest.raises(ValueError, match=f"chunk 0 takes 5333 samples, got {samples}"):
+            session.step(np.zeros(samples, np.float32))
+    np.testing.assert_array_equal(
+        session.step(sound(generator, 0)), generator.session(picture(), "", 0).step(sound(generator, 0))
+    )
+
+
+def test_the_clock_of_film(generator):
+    """At 24 FPS the counts alternate and sum to the exact time; a session wants the count of its own chunk."""
+    assert [generator.chunk_samples(chunk) for chunk in range(4)] == [5333, 5334, 5333, 5333]
+    assert sum(generator.chunk_samples(chunk) for chunk in range(3 * 60 * 60)) == 60 * 60 * 16_000
+    session = generator.session(picture(), "", 0)
+    session.step(sound(generator, 0))
+    with pytest.raises(ValueError, match="chunk 1 takes 5334 samples, got 5333"):
+        session.step(np.zeros(5333, np.float32))
+
+
+def test_reconstruction_is_the_autoencoder_and_its_figure(generator):
+    video = np.random.default_rng(3).integers(0, 256, (12, 48, 32, 3), np.uint8)
+    out = generator.reconstruct(video)
+    models, params = generator.package.models, generator.package.params
+    vae = models.flash_vae.bind(params.flash_vae)
+    clip = jax.jit(lambda x: vae.decode(vae.encode(x)[0]))(video[None].astype(np.float32) / 127.5 - 1)
+    expected = np.round((np.clip(clip[0], -1, 1) + 1) * 127.5)
+    assert out.dtype == np.uint8 and np.abs(out.astype(float) - expected).max() <= 1
+
+    still = np.repeat(picture()[None], 4, axis=0)
+    error = np.mean((generator.reconstruct(still).astype(float) - still) ** 2)
+    figure = generator.session(picture(), "", 0).reconstruction_psnr
+    assert figure == pytest.approx(10 * np.log10(255**2 / error), abs=0.05)
+
+
+def test_streaming_imports_no_training_data():
+    code = (
+        "import sys, pikastream_jax.streaming.generator\n"
+        "parts = ('pikastream_jax.data', 'pikastream_jax.training', 'pikastream_jax.serving', 'matplotlib', 'grain', 'av')\n"
+        "print([name for name in sys.modules if name.startswith(parts)])"
+    )
+    root = Path(__file__).parent.parent.parent
+    found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert found.strip() == "[]"

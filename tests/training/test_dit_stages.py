@@ -1,0 +1,238 @@
+"""The DiT's stages: what a batch holds, how sequences are cut into chunks, what the causal loss asks, and that both learn."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_corpus import small_corpus
+
+from pikastream_jax.dit import Denoiser
+from pikastream_jax.nn.layers import initial_params
+from pikastream_jax.training import dit_causal, dit_data, dit_pretrain
+from pikastream_jax.training.clips import Clips
+from pikastream_jax.weights import safetensors_io
+from tests.small import small_config, small_models
+
+CONFIG = small_config(chunk=3, window=3)  # 6 x 4 latents of 8 pixels
+LENGTH, COUNT = 12, 4
+
+
+def coded_data():
+    """Clips that say which they are: latents 100 x clip + latent frame, prompt tokens 10 + clip."""
+    corpus = small_corpus()
+    clip, frame = np.arange(COUNT), np.arange(LENGTH)
+    value = 100 * clip[:, None] + frame
+    boxes = np.zeros((COUNT, LENGTH, 2, 4), np.float32)
+    boxes[:, :, 0] = [9, 8, 17, 16]  # touches rows 1-2 (8 to 24 pixels) and column 1
+    boxes[:, :, 1] = [0, 0, 7.5, 32]  # row 0
+    clips = Clips(
+        latents=np.broadcast_to(value[..., None, None, None], (COUNT, LENGTH, 6, 4, 4)).astype(np.float16),
+        reference=np.broadcast_to(1.0 + clip[:, None, None, None], (COUNT, 6, 4, 4)).astype(np.float16),
+        boxes=boxes,
+        speech_start=5 + clip,
+        tokens=np.tile(10 + clip[:, None], (1, CONFIG.text.length)),
+        valid=np.full(COUNT, 4),
+    )
+    clips = jax.tree.map(jnp.asarray, clips)
+    return {"train": clips, "held_out": clips, "mel": jnp.asarray(corpus.mel), "tracks": jnp.asarray(corpus.tracks)}
+
+
+def level(batch):
+    """The quantised level of every mel frame: small_corpus writes the latent frame's number there. [b, f, m]"""
+    return np.round((np.asarray(batch.mel)[..., 0] * 15 - 55 + 80) / 0.4).astype(int)
+
+
+def draw(batch, frames, train, seed=0, split="train"):
+    return dit_data.draw_batch(CONFIG, coded_data(), split, jax.random.key(seed), batch, frames, train=train)
+
+
+def test_held_out_clips_come_in_order_from_their_start():
+    batch = draw(5, 6, train=False, split="held_out")
+    assert batch.latents[:, :, 0, 0, 0].tolist() == [[100 * c + f for f in range(6)] for c in (0, 1, 2, 3, 0)]
+    assert batch.reference[:, 0, 0, 0].tolist() == [1, 2, 3, 4, 1]
+    assert batch.tokens[:, 0].tolist() == [10, 11, 12, 13, 10]
+    assert batch.valid.tolist() == [4] * 5 and batch.keep_audio.all(), "nothing is dropped"
+    # A slice is 16 mel frames here, exactly its latent frame's own.
+    expected = np.array([[5 + c + f for f in range(6)] for c in (0, 1, 2, 3, 0)])
+    assert (level(batch) == expected[..., None]).all()
+
+
+def test_weights_by_hand():
+    weight = draw(1, 2, train=False).weight[0, 1]
+    raw = np.ones((6, 4))
+    raw[1:3, 1] += 5.0  # mouth
+    raw[0, :] += 1.5  # eyes
+    np.testing.assert_allclose(weight, raw / raw.mean(), rtol=1e-5)
+
+
+def test_training_windows_are_whole_stretches_with_their_own_sound(monkeypatch):
+    monkeypatch.setattr(dit_data, "augment", lambda mel, key, config: mel)
+    batch = draw(64, 5, train=True)
+    first = np.asarray(batch.latents[:, 0, 0, 0, 0], int)
+    clip, offset = first // 100, first % 100
+    assert (np.asarray(batch.latents[..., 0, 0, 0], int) == first[:, None] + np.arange(5)).all()
+    assert set(clip) == set(range(COUNT)) and set(offset) == set(range(LENGTH - 5 + 1))
+    assert (level(batch) == (5 + clip + offset)[:, None, None] + np.arange(5)[None, :, None]).all()
+    assert (np.asarray(batch.tokens[:, 0]) == 10 + clip).all()
+    kept = np.asarray(batch.reference[:, 0, 0, 0]) != 0
+    np.testing.assert_array_equal(np.asarray(batch.reference[:, 0, 0, 0])[kept], (1 + clip)[kept])
+
+
+def test_the_sound_of_training_is_varied_row_by_row():
+    clean, varied = draw(8, 5, train=False), draw(8, 5, train=True)
+    assert varied.mel.shape == clean.mel.shape and np.isfinite(varied.mel).all()
+    assert np.abs(level(varied) - np.round(level(varied).mean(axis=(1, 2), keepdims=True))).max() > 2
+
+
+def test_a_tenth_of_the_rows_loses_each_condition_on_its_own():
+    draw_flags = jax.jit(
+        lambda data, key: dataclasses.replace(
+            dit_data.draw_batch(CONFIG, data, "train", key, 3000, 1), mel=jnp.zeros(()), latents=jnp.zeros(())
+        )
+    )
+    batch = draw_flags(coded_data(), jax.random.key(3))
+    no_face = np.asarray(batch.reference == 0).all(axis=(1, 2, 3))
+    no_prompt, no_sound = np.asarray(batch.valid) == 1, ~np.asarray(batch.keep_audio)
+    for dropped in (no_face, no_prompt, no_sound):
+        assert dropped.mean() == pytest.approx(0.1, abs=0.02)
+    for one, other in ((no_face, no_prompt), (no_prompt, no_sound), (no_face, no_sound)):
+        assert (one & other).mean() == pytest.approx(0.01, abs=0.006)
+    assert (np.asarray(batch.valid)[~no_prompt] == 4).all()
+
+
+def test_random_chunks():
+    """Whole chunks of one size per sequence: the largest in 2/3 + 1/3 x 1/3 of them, else any."""
+    ids = np.asarray(dit_causal.random_chunks(jax.random.key(0), 3000, 9, 3))
+    sizes = (ids == 0).sum(axis=1)
+    assert set(sizes) == {1, 2, 3}
+    np.testing.assert_array_equal(ids, np.arange(9) // sizes[:, None])
+    shares = [(sizes == size).mean() for size in (1, 2, 3)]
+    np.testing.assert_allclose(shares, [1 / 9, 1 / 9, 7 / 9], atol=0.03)
+
+
+def test_what_the_causal_loss_asks():
+    """The network is asked at the solver's timesteps, its context at the last; a network that answers 0 pays |noise - clean|^2."""
+    asked = {}
+
+    class Silent:
+        """Takes the place of the denoiser, records what it is given, answers zero."""
+
+        dit = property(lambda self: self)
+
+        def text_conditions(self, tokens, valid):
+            return "text", valid
+
+        def conditions(self, text, valid, mel, keep_audio):
+            return types.SimpleNamespace  # unused: see `replace` below
+
+        def reference_keys_values(self, reference):
+            return reference
+
+        def forward_sequence(self, latents, t, conditions, reference, **rest):
+            asked.update(rest, latents=np.asarray(latents), t=np.asarray(t), audio=conditions.audio)
+            return jnp.zeros_like(latents)
+
+    @dataclasses.dataclass(frozen=True)
+    class Heard:
+        audio: jax.Array
+
+    rng = np.random.default_rng(0)
+    b, f = 8, 9
+    silent = Silent()
+    silent.conditions = lambda text, valid, mel, keep: Heard(mel[None])
+    batch = dit_data.DiTBatch(
+        latents=jnp.asarray(rng.normal(size=(b, f, 6, 4, 4)), jnp.float32),
+        reference=jnp.zeros((b, 6, 4, 4)),
+        mel=jnp.asarray(rng.normal(size=(b, f, 2, 2)), jnp.float32),
+        tokens=jnp.zeros((b, 6), jnp.int32),
+        valid=jnp.ones(b, jnp.int32),
+        keep_audio=jnp.ones(b, bool),
+        weight=jnp.asarray(rng.uniform(0.5, 2, (b, f, 6, 4)), jnp.float32),
+    )
+    config = small_config(chunk=3, window=3, steps=4, shift=2.0)
+    chunk_ids = jnp.arange(f)[None] // jnp.array([[3], [2]] * 4)
+    model = types.SimpleNamespace(bind=lambda params: silent)
+    loss = dit_causal.causal_loss(config, model, {}, batch, jax.random.key(0), chunk_ids)
+
+    solver = np.array([1, 6 / 7, 2 / 3, 2 / 5], np.float32)  # four steps, shift 2, by hand
+    t_context, t_query = asked["t"][:, :f], asked["t"][:, f:]
+    np.testing.assert_allclose(t_context, solver[-1], rtol=1e-6)
+    nearest = np.abs(t_query[..., None] - solver).argmin(-1)
+    np.testing.assert_allclose(t_query, solver[nearest], rtol=1e-6)
+    assert set(nearest.ravel()) == {0, 1, 2, 3}
+    for row in range(b):
+        for chunk in range(int(chunk_ids[row, -1]) + 1):
+            assert len(set(t_query[row, np.asarray(chunk_ids[row]) == chunk])) == 1, "one timestep per chunk"
+
+    def noise_in(x, t):
+        t = t[:, :, None, None, None]
+        return (x - (1 - t) * np.asarray(batch.latents)) / t
+
+    noises = [noise_in(asked["latents"][:, part], t) for part, t in ((slice(f), t_context), (slice(f, None), t_query))]
+    for noise in noises:
+        assert abs(noise.mean()) < 0.05 and noise.std() == pytest.approx(1, abs=0.05)
+    assert abs(np.corrcoef(noises[0].ravel(), noises[1].ravel())[0, 1]) < 0.05, "the copies have noise of their own"
+    expected = np.mean(np.asarray(batch.weight) * ((noises[1] - np.asarray(batch.latents)) ** 2).mean(-1))
+    assert loss == pytest.approx(expected, rel=1e-4)
+
+    np.testing.assert_array_equal(asked["audio"], np.concatenate([batch.mel, batch.mel], axis=1)[None])
+    np.testing.assert_array_equal(asked["chunk_ids"], chunk_ids)
+    assert asked["copies"] == 2 and asked["window"] == 3
+    distance = np.asarray(asked["reference_distance"])
+    assert (distance >= 4).all() and (distance <= 30).all() and len(set(distance)) > 1
+
+
+def learnable_data():
+    """One clip's worth of structure, so that a small network learns in seconds."""
+    data = coded_data()
+    pattern = np.random.default_rng(1).normal(size=(1, 1, 6, 4, 4))
+    latents = jnp.asarray(np.broadcast_to(1.5 * pattern, (COUNT, LENGTH, 6, 4, 4)), jnp.float16)
+    clips = dataclasses.replace(data["train"], latents=latents, reference=latents[:, 0])
+    return data | {"train": clips, "held_out": clips}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """Freshly initialised weights in a file."""
+    path = tmp_path_factory.mktemp("teacher") / "denoiser.safetensors"
+    params = initial_params(lambda rngs: Denoiser(CONFIG, rngs=rngs), jax.random.key(0))
+    safetensors_io.save(path, params, dtype=jnp.float32)
+    return path
+
+
+@pytest.mark.parametrize("stage_module", [dit_pretrain, dit_causal], ids=["pretrain", "causal"])
+def test_a_stage_learns(stage_module, teacher):
+    """40 updates on one repeated clip: the error, which starts at |noise|^2 + |clean|^2, falls by more than a third."""
+    stage = stage_module.build(CONFIG, 0, {"denoiser": teacher}, updates=40)
+    update = jax.jit(stage.update)
+    state, data, losses = stage.init(), learnable_data(), []
+    for step in range(40):
+        state, metrics = update(state, jax.random.fold_in(jax.random.key(0), step), data)
+        state = dataclasses.replace(state, step=state.step + 1)
+        losses.append(float(metrics["loss"]))
+    assert losses[0] == pytest.approx(1 + 1.5**2, rel=0.2), "the output head starts at zero"
+    assert np.mean(losses[-5:]) < 0.66 * losses[0]
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.params, stage.init().params)
+    still = [name for name, value in safetensors_io.flatten(moved).items() if value == 0]
+    assert not still, "every parameter takes part"
+
+
+def test_causal_adaptation_wants_a_teacher():
+    with pytest.raises(ValueError, match="starts from a trained teacher: give --init denoiser=RUN_OR_FILE"):
+        dit_causal.build(CONFIG, 0, {}).init()
+
+
+def test_the_roll_out_is_the_stream():
+    """A later chunk's sound changes that chunk and later ones alone, and the solver ends near what the network points to."""
+    models, params = small_models(CONFIG)
+    data = learnable_data()
+    batch = dit_data.draw_batch(CONFIG, data, "held_out", jax.random.key(0), 2, 9, train=False)
+    run = jax.jit(lambda params, batch: dit_causal.sample_causal(CONFIG, models.denoiser, params, batch, jax.random.key(1)))
+    before = run(params.denoiser, batch)
+    after = run(params.denoiser, dataclasses.replace(batch, mel=batch.mel.at[:, 5].add(1.0)))
+    assert before.shape == (2, 9, 6, 4, 4) and np.std(before) > 0.1
+    moved = np.abs(after - before).max(axis=(0, 2, 3, 4))
+    assert (moved[:3] == 0).all() and (moved[3:] > 1e-4).all()
