@@ -94,7 +94,9 @@ def test_sizes_of_the_shipped_preset():
 def test_the_clock_is_rounded_from_the_count_and_never_accumulated():
     config = Config(name="film", stream=StreamConfig(fps=24))
     assert [config.latent_end_sample(n) for n in range(3)] == [2667, 5333, 8000]
-    assert config.latent_end_sample(24 * 60 * 60 * 10 // 4 - 1) == 10 * 60 * 60 * 16_000, "after ten hours, to the sample"
+    assert config.latent_end_sample(24 * 60 * 60 * 10 // 4 - 1) == 10 * 60 * 60 * 16_000, (
+        "after ten hours, to the sample"
+    )
 
 
 def test_an_unknown_preset_is_named():

@@ -1,7 +1,6 @@
 """The straight path between latents and noise (flow matching, Lipman et al. 2023; rectified flow, Liu et al. 2023)."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -10,11 +9,6 @@ def interpolate(clean: Float[Array, "b f *x"], noise: Float[Array, "b f *x"], t:
     """x_t of every latent frame at its own timestep."""
     t = t.reshape(*t.shape, *(1,) * (clean.ndim - t.ndim))
     return (1.0 - t) * clean + t * noise
-
-
-def clean_from_velocity(x: Float[Array, "b f *x"], velocity: Float[Array, "b f *x"], t: Float[Array, "b f"]) -> Float[Array, "b f *x"]:
-    """The clean latents that a velocity at x_t points to: x_t - t v."""
-    return x - t.reshape(*t.shape, *(1,) * (x.ndim - t.ndim)) * velocity
 
 
 def shift_timestep(t: Float[Array, "*b"], shift: float) -> Float[Array, "*b"]:
@@ -35,11 +29,3 @@ def solver_timesteps(steps: int, shift: float) -> np.ndarray:
 def logit_normal_timesteps(key: Array, shape: tuple[int, ...], shift: float) -> Float[Array, "..."]:
     """Training timesteps: logit-normal (Esser et al. 2024), then shifted."""
     return shift_timestep(jax.nn.sigmoid(jax.random.normal(key, shape)), shift)
-
-
-def velocity_loss(
-    velocity: Float[Array, "b f *x"], clean: Float[Array, "b f *x"], noise: Float[Array, "b f *x"]
-) -> Float[Array, "b f"]:
-    """Mean squared error against noise - clean, per latent frame."""
-    error = velocity - (noise - clean)
-    return jnp.mean(error * error, axis=tuple(range(2, error.ndim)))

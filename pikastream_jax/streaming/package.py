@@ -70,4 +70,7 @@ def load_package(path: Path | None = None) -> Package:
         safetensors_io.restore_into(models.flash_vae.abstract, loaded.get("flash_vae", {})),
         LatentStatistics(**statistics),
     )
-    return Package(models, params, Tokenizer(record["words"], config.text.length), record["made"])
+    tokenizer = Tokenizer(record["words"], config.text.length)
+    if tokenizer.size > config.text.vocabulary:
+        raise ValueError(f"{path} has {tokenizer.size} text pieces, the preset {config.name!r} holds {config.text.vocabulary}")
+    return Package(models, params, tokenizer, record["made"])

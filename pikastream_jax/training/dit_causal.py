@@ -101,7 +101,7 @@ def sample_causal(
     return jnp.concatenate(chunks, axis=1)
 
 
-def build(config: Config, seed: int, init: dict[str, Path], updates: int = 300) -> Stage:
+def build(config: Config, seed: int, init: dict[str, Path], updates: int = 220) -> Stage:
     """The stage. `init` names `clips`, `flash_vae` (for pictures) and `denoiser`, the pre-trained teacher."""
     settings = CausalConfig()
     model = functional(lambda rngs: Denoiser(config, rngs=rngs))

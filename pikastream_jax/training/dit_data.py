@@ -49,7 +49,12 @@ def draw_batch(
 
     Args:
       train: augment the sound and drop conditions; otherwise clips are taken in order, from their start.
+
+    Raises:
+      ValueError: the preset hears ahead, for which the prepared sound is not cut.
     """
+    if config.audio.look_ahead:
+        raise ValueError(f"audio.look_ahead {config.audio.look_ahead}: the clips' sound ends with its latent frame, use 0")
     clips = data[split]
     count, length = clips.latents.shape[:2]
     k_clip, k_offset, k_augment, k_drop = jax.random.split(key, 4)

@@ -15,7 +15,7 @@ from pikastream_jax.nn.layers import Functional, Params, functional, initial_par
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.faces import FaceBatch, face_batch
 from pikastream_jax.training.loop import Stage, TrainState
-from pikastream_jax.training.losses import psnr, reconstruction_loss, region_weights
+from pikastream_jax.training.losses import motion_loss, psnr, reconstruction_loss, region_weights
 from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, ema_update, make_optimiser
 from pikastream_jax.training.pictures import save_rows
@@ -34,6 +34,7 @@ class VAEStageConfig:
     crop: int  # pixels each way
     streaming: bool  # decode frame by frame through the cache, as at inference
     kl_weight: float
+    motion_weight: float
     updates: int
     optimiser: OptimiserConfig
     ema: float = 0.995
@@ -54,7 +55,7 @@ def _decode(vae: FlashVAE, latents: Float[Array, "b f r c z"], streaming: bool) 
 def vae_loss(
     model: Functional, params: Params, batch: FaceBatch, key: Array, stage: VAEStageConfig
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Reconstruction from a sampled latent, plus the KL divergence to a unit Gaussian."""
+    """Reconstruction from a sampled latent, its motion, and the KL divergence to a unit Gaussian."""
     vae = model.bind(params)
     video = batch.video
     mean, log_variance = vae.encode(video)
@@ -64,8 +65,10 @@ def vae_loss(
     weight = region_weights(batch.boxes, h, w, REGION_WEIGHTS, batch.origin[:, None])
     kl = 0.5 * jnp.mean(mean**2 + jnp.exp(log_variance) - 1.0 - log_variance)
     reconstruction = reconstruction_loss(output, video, weight)
-    return reconstruction + stage.kl_weight * kl, {
+    motion = motion_loss(output, video, weight)
+    return reconstruction + stage.motion_weight * motion + stage.kl_weight * kl, {
         "reconstruction": reconstruction,
+        "motion": motion,
         "kl": kl,
         "psnr": psnr(jnp.mean((output - video) ** 2)),
     }
@@ -115,9 +118,13 @@ def _build(config: Config, name: str, stage: VAEStageConfig, seed: int, init: di
         output = reconstruct(state.ema, video)
         error = np.asarray((jnp.clip(output, -1, 1) - video) ** 2)
         mouth = np.asarray(region_weights(batch.boxes[..., :1, :], size, size, (1.0,))) > 1.5
+        motion = {name: np.diff(np.asarray(v), axis=1) for name, v in (("out", output), ("in", video))}
+        # How much of the lips' true motion the output repeats: 1 is all of it, 0 a mouth that stands still.
+        lips_moving = mouth[:, 1:]
+        kept = float((motion["out"][lips_moving] * motion["in"][lips_moving]).sum() / (motion["in"][lips_moving] ** 2).sum())
         whole = float(psnr(error.mean()))
         lips = float(psnr(error[mouth].mean()))
-        return {"loss": float(np.sqrt(error.mean())), "psnr": whole, "psnr_mouth": lips}
+        return {"loss": float(np.sqrt(error.mean())), "psnr": whole, "psnr_mouth": lips, "mouth_motion_kept": kept}
 
     def sample(state: TrainState, path: Path) -> None:
         video = held_out().video
@@ -150,6 +157,7 @@ def build_low_res(config: Config, seed: int, init: dict[str, Path]) -> Stage:
         crop=config.stream.height // 2,
         streaming=False,
         kl_weight=5e-5,
+        motion_weight=2.0,
         updates=1_900,
         optimiser=OptimiserConfig(learning_rate=1e-3, warmup_steps=100, decay="linear"),
     )
@@ -164,6 +172,7 @@ def build_streaming(config: Config, seed: int, init: dict[str, Path]) -> Stage:
         crop=config.stream.height,
         streaming=True,
         kl_weight=5e-5,
+        motion_weight=2.0,
         updates=250,
         optimiser=OptimiserConfig(learning_rate=5e-4, warmup_steps=50, decay="linear"),
     )

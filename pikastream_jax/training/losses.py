@@ -44,6 +44,19 @@ def reconstruction_loss(
     return pixel + 0.5 * edges
 
 
+def motion_loss(
+    output: Float[Array, "*b t h w c"], target: Float[Array, "*b t h w c"], weight: Float[Array, "*b t h w"]
+) -> Float[Array, ""]:
+    """Absolute error of the change from frame to frame, weighted per pixel.
+
+    Lips move within a latent frame's few video frames. A still mouth in the middle of that motion costs the other losses little, so a
+    small model settles there and the lips look drawn out; here it costs the whole motion.
+    """
+    error = output - target
+    weight = weight[..., 1:, :, :] / jnp.mean(weight)
+    return jnp.mean(weight[..., None] * jnp.abs(error[..., 1:, :, :, :] - error[..., :-1, :, :, :]))
+
+
 def psnr(squared_error: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """Peak signal-to-noise ratio in dB of a mean squared error between pictures in [-1, 1] (peak 2)."""
     return 10.0 * jnp.log10(4.0 / jnp.maximum(squared_error, 1e-10))

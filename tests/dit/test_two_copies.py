@@ -67,9 +67,7 @@ def chunk_by_chunk(params, given):
     denoiser = MODELS.denoiser.bind(params)
     n = CONFIG.tokens_per_frame
     text, valid = denoiser.text_conditions(given["tokens"], given["valid"])
-    state = install_reference(
-        init_state(CONFIG, BATCH), denoiser.dit.reference_keys_values(given["reference"])
-    )
+    state = install_reference(init_state(CONFIG, BATCH), denoiser.dit.reference_keys_values(given["reference"]))
 
     def chunk(state, part):
         places = grid_positions(slot_times(CONFIG, state.ring_count), *CONFIG.token_grid)
@@ -121,5 +119,5 @@ def test_what_a_query_chunk_sees(given):
     assert (context == 0).all(), "the context copy knows nothing of the query copy"
     assert (query[start:stop] > 1e-3).all() and (np.delete(query, range(start, stop)) == 0).all()
     context, query = moved("context")
-    assert (query[: stop] == 0).all(), "the answer must not leak into the chunk's own query"
+    assert (query[:stop] == 0).all(), "the answer must not leak into the chunk's own query"
     assert (query[stop:] > 1e-4).all()

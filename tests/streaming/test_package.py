@@ -82,7 +82,9 @@ def test_other_sizes_than_the_presets_are_named(known, file):
         return dataclasses.replace(config, dit=dataclasses.replace(config.dit, mlp_dim=96))
 
     known.setitem(configs.PRESETS, "small", changed)
-    with pytest.raises(ValueError, match="was made for dit .*'mlp_dim': 64.* but the preset 'small' has .*'mlp_dim': 96"):
+    with pytest.raises(
+        ValueError, match="was made for dit .*'mlp_dim': 64.* but the preset 'small' has .*'mlp_dim': 96"
+    ):
         load_package(file)
 
 

@@ -25,9 +25,13 @@ FRAMES, COUNT, HELD_OUT = 4, 3, 2
 def test_a_clip_is_encoded_as_the_whole_video_is(monkeypatch):
     """Latent frame by latent frame equals all at once; boxes are the mean over a latent frame; a still is equal frames."""
     rng = np.random.default_rng(0)
-    pictures = jnp.asarray(rng.uniform(-1, 1, (13, 48, 48, 3)), jnp.float32)  # "drawn" by number; the last is the reference
+    pictures = jnp.asarray(
+        rng.uniform(-1, 1, (13, 48, 48, 3)), jnp.float32
+    )  # "drawn" by number; the last is the reference
     monkeypatch.setattr(clips, "render", lambda identity, state, size: pictures[state.yaw.astype(int)])
-    monkeypatch.setattr(clips, "mouth_box", lambda identity, state, size: state.yaw + jnp.array([0.0, 10.0, 20.0, 30.0]))
+    monkeypatch.setattr(
+        clips, "mouth_box", lambda identity, state, size: state.yaw + jnp.array([0.0, 10.0, 20.0, 30.0])
+    )
     monkeypatch.setattr(clips, "eyes_box", lambda identity, state, size: 2 * state.yaw + jnp.zeros(4))
     models, params = small_models(CONFIG)
     states = FaceState(**{field.name: jnp.arange(12.0) for field in dataclasses.fields(FaceState)})
@@ -37,7 +41,11 @@ def test_a_clip_is_encoded_as_the_whole_video_is(monkeypatch):
     def both(params):
         vae = models.flash_vae.bind(params)
         still = jnp.broadcast_to(pictures[12], (1, 4, 48, 48, 3))
-        return clips.encode_clip(CONFIG, vae, None, states, reference), vae.encode(pictures[None, :12])[0][0], vae.encode(still)[0][0, 0]
+        return (
+            clips.encode_clip(CONFIG, vae, None, states, reference),
+            vae.encode(pictures[None, :12])[0][0],
+            vae.encode(still)[0][0, 0],
+        )
 
     (latents, at_rest, boxes), whole, alone = both(params.flash_vae)
     assert latents.shape == (3, 6, 6, 4) and np.std(whole) > 0.1
@@ -53,7 +61,9 @@ def test_a_reference_is_a_face_at_rest():
     for field in dataclasses.fields(FaceState):
         value = np.asarray(getattr(states, field.name))
         if field.name in limits:
-            assert 0.8 * limits[field.name] < np.abs(value).max() <= limits[field.name] and value.min() < 0 < value.max()
+            assert (
+                0.8 * limits[field.name] < np.abs(value).max() <= limits[field.name] and value.min() < 0 < value.max()
+            )
         elif field.name == "smile":
             assert value.min() >= 0 and value.max() <= 0.5
         else:
@@ -128,7 +138,11 @@ def test_the_record_says_how_the_clips_were_made(file):
 
 def test_clips_are_a_function_of_the_seed(monkeypatch):
     """Without drawing: what was asked to be drawn is recorded."""
-    monkeypatch.setattr(clips, "encode_clip", lambda config, vae, identity, states, reference: (states.yaw, reference.yaw, identity.eye_y))
+    monkeypatch.setattr(
+        clips,
+        "encode_clip",
+        lambda config, vae, identity, states, reference: (states.yaw, reference.yaw, identity.eye_y),
+    )
     model = types.SimpleNamespace(bind=lambda params: None)
     corpus = small_corpus()
     starts = corpus.starts("train", FRAMES, CONFIG.audio.mel_frames)

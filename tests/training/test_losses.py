@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pikastream_jax.training.losses import psnr, reconstruction_loss, region_weights
+from pikastream_jax.training.losses import motion_loss, psnr, reconstruction_loss, region_weights
 
 
 def test_psnr_by_hand():
@@ -74,3 +74,15 @@ def test_an_error_where_it_matters_costs_more():
     inside = reconstruction_loss(target.at[1, 1].set(0.5), target, weight)
     outside = reconstruction_loss(target.at[5, 5].set(0.5), target, weight)
     assert inside > 3 * outside
+
+
+def test_motion_loss_by_hand():
+    target = jnp.zeros((3, 2, 2, 1)).at[1:].set(0.6)  # one step of 0.6 between the first two of three frames
+    still = jnp.full_like(target, 0.4)
+    even = jnp.ones((3, 2, 2))
+    assert motion_loss(target, target, even) == 0
+    assert motion_loss(target + 0.3, target, even) == pytest.approx(0, abs=1e-6), "a constant offset is no motion"
+    assert motion_loss(still, target, even) == pytest.approx(0.3), "0.6 in one of two steps"
+    weight = even.at[:, 0, 0].set(5.0)
+    moving = target.at[:, 0, 0].set(0.4)  # only the weighted pixel stands still: 5 of 8 weights, half of the steps
+    assert motion_loss(moving, target, weight) == pytest.approx(5 / 8 * 0.3)
