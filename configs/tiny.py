@@ -4,5 +4,5 @@ from pikastream_jax.config import Config
 
 
 def tiny() -> Config:
-    """About 14 M parameters: DiT 8.5 M, FlashVAE 4.9 M, text and audio encoders 0.5 M."""
+    """About 14 M parameters: DiT 8.5 M, FlashVAE 4.8 M, text and audio encoders 0.6 M."""
     return Config(name="tiny")
