@@ -51,12 +51,6 @@ class SpeechTrack:
     excitement: Float[Array, " t"]  # 0 .. 1, loud and lively speech
 
 
-def silence(frames: int) -> SpeechTrack:
-    """The speech track of ``frames`` silent frames."""
-    zero = jnp.zeros(frames, jnp.float32)
-    return SpeechTrack(zero, zero, zero, zero, zero)
-
-
 def sample_style(key: PRNGKeyArray) -> Style:
     """A random manner: one emotion or none, a gaze that mostly rests on the camera, any liveliness."""
     keys = jax.random.split(key, 10)

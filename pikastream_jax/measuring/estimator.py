@@ -218,11 +218,6 @@ def true_outputs(identity: Identity, state: FaceState) -> dict[str, Float[Array,
     return result
 
 
-def identity_vector(identity: Identity) -> Float[Array, "32"]:
-    """The face's parameters, normalised: the truth of `Reading.identity`."""
-    return jnp.concatenate([_identity(identity, config) for config in READERS.values()])
-
-
 def apply(estimator: FaceEstimator, pictures: Float[Array, "n 256 256 3"]) -> Reading:
     """Reads pictures in [-1, 1]: the whole first, then mouth and eyes where the first reader says they are."""
     seen, identity = _named("whole", estimator.whole(halve(pictures)))

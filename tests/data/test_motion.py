@@ -16,10 +16,16 @@ KEYS = jax.random.split(jax.random.key(3), CLIPS)
 run = jax.jit(jax.vmap(partial(motion.style_motion, fps=FPS), in_axes=(0, 0, None)))
 
 
+def silence(frames):
+    """The speech track of ``frames`` silent frames."""
+    zero = jnp.zeros(frames, jnp.float32)
+    return motion.SpeechTrack(zero, zero, zero, zero, zero)
+
+
 def moved(speech=None, **attributes):
     """Clips with the given attributes and everything else drawn at random."""
     styles = jax.vmap(partial(style_from_caption_attributes, attributes))(KEYS)
-    return run(KEYS, styles, motion.silence(FRAMES) if speech is None else speech)
+    return run(KEYS, styles, silence(FRAMES) if speech is None else speech)
 
 
 @pytest.fixture(scope="module")
@@ -119,4 +125,4 @@ def test_motion_hears_nothing_of_the_future(speech):
 
 def test_frame_rate_must_be_positive():
     with pytest.raises(ValueError, match="fps=0"):
-        motion.style_motion(KEYS[0], motion.sample_style(KEYS[0]), motion.silence(4), 0)
+        motion.style_motion(KEYS[0], motion.sample_style(KEYS[0]), silence(4), 0)
