@@ -18,6 +18,7 @@ from configs import preset
 STAGES = {
     "flash_vae_low_res": "pikastream_jax.training.flash_vae:build_low_res",
     "flash_vae_streaming": "pikastream_jax.training.flash_vae:build_streaming",
+    "audio_pretrain": "pikastream_jax.training.audio_pretrain:build",
     "dit_pretrain": "pikastream_jax.training.dit_pretrain:build",
     "dit_causal": "pikastream_jax.training.dit_causal:build",
     "face_estimator": "pikastream_jax.training.face_estimator:build",
@@ -29,7 +30,7 @@ class Arguments:
     """Train one stage of pikastream-jax. The same command again continues a stopped run."""
 
     stage: Annotated[str, tyro.conf.Positional]
-    """One of flash_vae_low_res, flash_vae_streaming, dit_pretrain, dit_causal, face_estimator."""
+    """One of flash_vae_low_res, flash_vae_streaming, audio_pretrain, dit_pretrain, dit_causal, face_estimator."""
     out: Path
     """Folder of the run: metrics, pictures, checkpoints."""
     config: str = "tiny"

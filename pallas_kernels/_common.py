@@ -1,10 +1,13 @@
-"""What the front doors share: the choice of implementation and the masked softmax product."""
+"""What the front doors share: the choice of implementation and the softmax product."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 IMPLEMENTATIONS = ("auto", "xla")
+_HIDDEN = -1e30  # added to a logit: its weight is 0, and where nothing is visible all weights are equal
 
 
 def check_implementation(kernel: str, impl: str) -> None:
@@ -13,26 +16,35 @@ def check_implementation(kernel: str, impl: str) -> None:
         raise ValueError(f"{kernel}: impl {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
 
 
-def attention_logits(q: Float[Array, "*b t h d"], k: Float[Array, "*b s g d"]) -> Float[Array, "*b g r t s"]:
-    """q k^T / sqrt(d) in float32; the `h` query heads in `g` groups of `r`, one key head each."""
-    *batch, t, h, d = q.shape
-    g = k.shape[-2]
-    q = q.reshape(*batch, t, g, h // g, d)
-    return jnp.einsum("...tgrd,...sgd->...grts", q, k, preferred_element_type=jnp.float32) * d**-0.5
-
-
-def softmax_product(
-    logits: Float[Array, "*b g r t s"],
-    v: Float[Array, "*b s g d"],
-    visible: Bool[Array, "..."] | None = None,
+def attention(
+    *parts: tuple[Float[Array, "*b t h d"], Float[Array, "*b s g d"], Float[Array, "*b s g d"], Bool[Array, "..."] | None],
 ) -> Float[Array, "*b t h d"]:
-    """softmax(logits) v, the softmax in float32.
+    """One softmax over the keys of all parts, in float32; the `h` query heads in groups, one of the `g` key heads each.
+
+    A group's query heads are folded into rows of one matrix product, nothing is concatenated, the mask is added and the sum divides the
+    product instead of the weights.
 
     Args:
-      visible: what a query may see, broadcastable to [*b, t, s]; None means everything.
+      parts: (q, k, v, visible) each; t, h and d are the same in all. `visible` is what a query may see, broadcastable to [*b, t, s];
+        None means everything.
     """
-    if visible is not None:
-        logits = jnp.where(visible[..., None, None, :, :], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    out = jnp.einsum("...grts,...sgd->...tgrd", weights, v)
-    return out.reshape(*out.shape[:-3], -1, out.shape[-1])
+    *batch, t, h, d = parts[0][0].shape
+    logits, values = [], []
+    for q, k, v, visible in parts:
+        g = k.shape[-2]
+        rows = jnp.moveaxis((q * d**-0.5).reshape(*batch, t, g, h // g, d), -4, -2).reshape(*batch, g, h // g * t, d)
+        part = jnp.matmul(rows, jnp.moveaxis(k, -3, -1), preferred_element_type=jnp.float32)
+        if visible is not None:
+            bias = jnp.where(visible, 0.0, _HIDDEN)[..., None, None, :, :]
+            part = (part.reshape(*batch, g, h // g, t, -1) + bias).reshape(part.shape)
+        logits.append(part)
+        values.append(jnp.swapaxes(v, -3, -2))
+    # Softmax is the same whatever is subtracted, so no gradient needs to pass here.
+    largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [part.max(axis=-1, keepdims=True) for part in logits]))
+    weights = [jnp.exp(part - largest) for part in logits]
+    total = sum(weight.sum(axis=-1, keepdims=True) for weight in weights)
+    product = sum(
+        jnp.matmul(weight.astype(v.dtype), v, preferred_element_type=jnp.float32) for weight, v in zip(weights, values, strict=True)
+    )
+    out = (product / total).astype(values[0].dtype)
+    return jnp.moveaxis(out.reshape(*batch, g, h // g, t, d), -2, -4).reshape(*batch, t, h, d)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels._common import attention_logits, check_implementation, softmax_product
+from pallas_kernels._common import attention, check_implementation
 
 
 def frame_visibility(chunk_ids: Int[Array, "b f"], *, window: int, copies: int = 1) -> Bool[Array, "b cf cf"]:
@@ -60,10 +60,7 @@ def chunked_attention(
     tokens = n // frames
     visible = frame_visibility(chunk_ids, window=window, copies=copies)
     visible = jnp.repeat(jnp.repeat(visible, tokens, axis=1), tokens, axis=2)
-    logits = attention_logits(q, k)
+    parts = [(q, k, v, visible)]
     if fixed is not None:
-        q_fixed, k_fixed, v_fixed = fixed
-        logits = jnp.concatenate([attention_logits(q_fixed, k_fixed), logits], axis=-1)
-        visible = jnp.concatenate([jnp.ones((b, n, k_fixed.shape[1]), bool), visible], axis=2)
-        v = jnp.concatenate([v_fixed, v], axis=1)
-    return softmax_product(logits, v, visible)
+        parts.append((*fixed, None))
+    return attention(*parts)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._common import attention_logits, check_implementation, softmax_product
+from pallas_kernels._common import attention, check_implementation
 
 
 def frame_attention(
@@ -29,4 +29,4 @@ def frame_attention(
     visible = None
     if valid is not None:
         visible = (jnp.arange(k.shape[2]) < valid[..., None])[:, :, None, :]
-    return softmax_product(attention_logits(q, k), v, visible)
+    return attention((q, k, v, visible))

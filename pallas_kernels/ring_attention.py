@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._common import attention_logits, check_implementation, softmax_product
+from pallas_kernels._common import attention, check_implementation
 
 
 def ring_attention(
@@ -43,7 +43,4 @@ def ring_attention(
         raise ValueError(f"ring_attention: fixed_slots {fixed_slots} exceeds the cache's {slots} slots")
     slot = jnp.arange(slots)
     valid = jnp.where(slot < fixed_slots, slot < fixed_valid[:, None], slot - fixed_slots < ring_valid[:, None])
-    visible = jnp.concatenate([valid, jnp.ones((q.shape[0], k.shape[1]), bool)], axis=1)[:, None]
-    keys = jnp.concatenate([cache_k[layer], k], axis=1)
-    values = jnp.concatenate([cache_v[layer], v], axis=1)
-    return softmax_product(attention_logits(q, keys), values, visible)
+    return attention((q, cache_k[layer], cache_v[layer], valid[:, None]), (q, k, v, None))

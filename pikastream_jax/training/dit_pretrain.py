@@ -26,11 +26,11 @@ from pikastream_jax.weights.safetensors_io import restore_into
 class PretrainConfig:
     """Settings of the stage."""
 
-    batch: int = 8
-    latent_frames: int = 6
+    batch: int = 16
+    latent_frames: int = 3
     shift: float = 1.5  # of the logit-normal timesteps
     ema: float = 0.99
-    optimiser: OptimiserConfig = OptimiserConfig(learning_rate=2e-3, warmup_steps=50, decay="linear")
+    optimiser: OptimiserConfig = OptimiserConfig(learning_rate=3e-3, warmup_steps=50, decay="linear")
 
 
 def bidirectional_velocity(
@@ -74,7 +74,8 @@ def sample_bidirectional(
 
 
 def build(config: Config, seed: int, init: dict[str, Path], updates: int = 550) -> Stage:
-    """The stage. `init` names `clips` and `flash_vae` (for pictures), and may name a `denoiser` to start from."""
+    """The stage. `init` names `clips` and `flash_vae` (for pictures), and may name a `denoiser` to start from and, as `audio`, a run of
+    `audio_pretrain` whose encoder takes the place of the untrained one."""
     settings = PretrainConfig()
 
     def build_model(rngs):
@@ -88,6 +89,8 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 550) 
             params = restore_into(model.abstract, load_weights(init["denoiser"]))
         else:
             params = initial_params(build_model, jax.random.key(seed))
+        if "audio" in init:
+            params["audio"] = restore_into(model.abstract["audio"], load_weights(init["audio"])["audio"])
         return TrainState(jnp.zeros((), jnp.int32), params, optimiser.init(params), params, {})
 
     def loss(params: Params, batch: DiTBatch, key: Array) -> Float[Array, ""]:

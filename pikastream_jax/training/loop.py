@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from tqdm import tqdm
 
 from pikastream_jax.training.checkpoint import CHECKPOINTS, Checkpoints
-from pikastream_jax.training.mesh import replicate
+from pikastream_jax.training.mesh import replicate, replicated
 from pikastream_jax.training.metrics import METRICS_FILE, MetricsFile, convergence_verdict
 from pikastream_jax.training.signals import StopRequest, stop_on_signal
 
@@ -157,7 +157,8 @@ class _Stretch:
             new, metrics = stage.update(state, key, data)
             return dataclasses.replace(new, step=state.step + 1), metrics
 
-        self.update = jax.jit(update, donate_argnums=0)
+        # What an update splits over the devices comes back as it went in: whole, on each of them.
+        self.update = jax.jit(update, donate_argnums=0, out_shardings=replicated())
 
     def train(
         self, stop_request: StopRequest, minutes: float | None, steps: int | None, save_every_minutes: float

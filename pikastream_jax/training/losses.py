@@ -47,14 +47,15 @@ def reconstruction_loss(
 def motion_loss(
     output: Float[Array, "*b t h w c"], target: Float[Array, "*b t h w c"], weight: Float[Array, "*b t h w"]
 ) -> Float[Array, ""]:
-    """Absolute error of the change from frame to frame, weighted per pixel.
+    """Absolute and squared error of the change from frame to frame, weighted per pixel.
 
     Lips move within a latent frame's few video frames. A still mouth in the middle of that motion costs the other losses little, so a
     small model settles there and the lips look drawn out; here it costs the whole motion.
     """
     error = output - target
     weight = weight[..., 1:, :, :] / jnp.mean(weight)
-    return jnp.mean(weight[..., None] * jnp.abs(error[..., 1:, :, :, :] - error[..., :-1, :, :, :]))
+    change = error[..., 1:, :, :, :] - error[..., :-1, :, :, :]
+    return jnp.mean(weight[..., None] * (jnp.abs(change) + 2.0 * change * change))
 
 
 def psnr(squared_error: Float[Array, "*b"]) -> Float[Array, "*b"]:

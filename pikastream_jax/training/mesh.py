@@ -17,9 +17,14 @@ def data_mesh() -> Mesh:
     return jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(AxisType.Auto,))
 
 
+def replicated() -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(data_mesh(), PartitionSpec())
+
+
 def replicate(tree: Tree) -> Tree:
     """A copy of every leaf on every device."""
-    return jax.device_put(tree, NamedSharding(data_mesh(), PartitionSpec()))
+    return jax.device_put(tree, replicated())
 
 
 def split_batch(tree: Tree) -> Tree:

@@ -57,7 +57,7 @@ def test_mel_frames_end_with_latent_frames(samples):
         end = 2560 * (n + 1)
         heard = log_mel(clean[end - CFG.context_samples : end], CFG)
         stored = corpus.dequantise_mel(jnp.asarray(mel[16 * (n + 1) - CFG.mel_frames : 16 * (n + 1)]))
-        np.testing.assert_allclose(to_decibels(stored), to_decibels(heard), atol=0.21)
+        np.testing.assert_allclose(to_decibels(stored), to_decibels(heard), atol=0.41)
 
 
 def test_window_and_slices(small):
@@ -77,7 +77,7 @@ def test_window_and_slices(small):
 def test_quantisation_error(samples):
     mel = log_mel(samples[:32_000], CFG)
     error = to_decibels(corpus.dequantise_mel(jnp.asarray(corpus.quantise_mel(np.asarray(mel))))) - to_decibels(mel)
-    assert corpus.MEL_STEP <= 0.5 and np.abs(error).max() <= corpus.MEL_STEP / 2 + 1e-3
+    assert np.abs(error).max() <= corpus.MEL_STEP / 2 + 1e-3
     track = speech.mouth_tracks(samples, 25)
     found = corpus.dequantise_tracks(jnp.asarray(corpus.quantise_tracks(track)))
     for name in LEAVES:

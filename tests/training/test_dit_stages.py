@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from small_corpus import small_corpus
 
+from pikastream_jax.data.corpus import MEL_STEP
 from pikastream_jax.training import dit_causal, dit_data, dit_pretrain
 from pikastream_jax.training.clips import Clips
 from pikastream_jax.training.mesh import replicate
@@ -42,7 +43,7 @@ def coded_data():
 
 def level(batch):
     """The quantised level of every mel frame: small_corpus writes the latent frame's number there. [b, f, m]"""
-    return np.round((np.asarray(batch.mel)[..., 0] * 15 - 55 + 80) / 0.4).astype(int)
+    return np.round((np.asarray(batch.mel)[..., 0] * 15 - 55 + 80) / MEL_STEP).astype(int)
 
 
 def draw(batch, frames, train):

@@ -67,6 +67,29 @@ def test_a_muon_update_is_orthogonal_per_layer_and_of_adamw_size():
             np.testing.assert_allclose(abs(update), 1.474e-2, rtol=1e-2)
 
 
+def test_stacks_change_nothing():
+    """Against optax's Muon on every matrix by itself; 2 + 5 matrices of one shape, so that a stack has more than one member."""
+    params, _ = model_params()
+    params["blocks"][1]["mlp"] = {"kernel": jnp.cos(jnp.arange(128.0)).reshape(8, 16)}
+    params["blocks"][1]["out"] = {"kernel": jnp.cos(jnp.arange(3, 131.0)).reshape(8, 16)}
+    optimiser = make_optimiser(params, OptimiserConfig(1e-2, warmup_steps=0, clip_norm=1e9, weight_decay=0.1), 1000)
+    rate = learning_rate_schedule(OptimiserConfig(1e-2, warmup_steps=0), 1000)
+    plain = optax.contrib.muon(
+        rate,
+        muon_weight_dimension_numbers=muon_dimensions,
+        consistent_rms=0.2,
+        weight_decay=0.1,
+        adam_b2=0.99,
+        adam_learning_rate=rate,
+    )
+    ours, theirs = optimiser.init(params), plain.init(params)
+    for step in range(3):
+        gradients = jax.tree.map(lambda p, step=step: jnp.sin(37 * p + step), params)
+        got, ours = jax.jit(optimiser.update)(gradients, ours, params)
+        expected, theirs = jax.jit(plain.update)(gradients, theirs, params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), got, expected)
+
+
 @pytest.mark.parametrize("muon", [True, False])
 def test_training_descends(muon):
     params = initial_params()

@@ -1,0 +1,56 @@
+"""Pre-training of the audio encoder: that it learns what the sound says, and that the DiT's stage starts from it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_corpus import small_corpus
+
+from pikastream_jax.data.corpus import MEL_FRAMES, TRACKS, VIDEO_FRAMES, save_corpus
+from pikastream_jax.training import audio_pretrain, dit_pretrain
+from pikastream_jax.training.checkpoint import load_weights
+from pikastream_jax.training.loop import run
+from pikastream_jax.training.optimiser import OptimiserConfig
+from tests.small import small_config
+
+CONFIG = small_config()
+
+
+@pytest.fixture
+def corpus_file(tmp_path, monkeypatch):
+    """A corpus in which the sound's level tells the mouth's opening, and nothing tells the other tracks."""
+    stop = np.array([1000, 1010, 1100])  # latent frames
+    frames = stop[-1] * VIDEO_FRAMES
+    rng = np.random.default_rng(0)
+    level = rng.integers(20, 110, stop[-1]).repeat(VIDEO_FRAMES).astype(np.uint8)
+    tracks = rng.integers(0, 256, (frames, len(TRACKS)), np.uint8)
+    tracks[:, 0] = level * 2
+    mel = np.repeat(level, MEL_FRAMES // VIDEO_FRAMES)[:, None].repeat(16, axis=1)
+    path = tmp_path / "speech.npz"
+    save_corpus(path, dataclasses.replace(small_corpus(), mel=mel, tracks=tracks, start=np.array([0, 1000, 1010]), stop=stop))
+    monkeypatch.setattr(audio_pretrain, "SPEECH", path)
+    monkeypatch.setattr(audio_pretrain, "augment", lambda mel, key, config: mel)
+    settings = audio_pretrain.AudioPretrainConfig(batch=32, optimiser=OptimiserConfig(5e-3, warmup_steps=5))
+    monkeypatch.setattr(audio_pretrain, "AudioPretrainConfig", lambda: settings)
+    return path
+
+
+def test_it_hears_what_can_be_heard_and_the_dit_starts_from_it(corpus_file, tmp_path):
+    stage = audio_pretrain.build(CONFIG, 0, {}, updates=200)
+    state = run(stage, tmp_path / "run")
+    figures = stage.evaluate(state)
+    assert figures["r_mouth_open"] > 0.9
+    assert all(abs(figures[f"r_{name}"]) < 0.3 for name in TRACKS[1:]), "noise cannot be heard"
+
+    pretrain = dit_pretrain.build(CONFIG, 0, {"audio": tmp_path / "run"}, updates=100)
+    started = pretrain.init().params["audio"]
+    jax.tree.map(np.testing.assert_array_equal, started, load_weights(tmp_path / "run")["audio"])
+    untrained = dit_pretrain.build(CONFIG, 0, {}, updates=100).init().params["audio"]
+    assert any(jnp.abs(a - b).max() > 0.01 for a, b in zip(jax.tree.leaves(started), jax.tree.leaves(untrained), strict=True))
+
+
+def test_it_starts_from_nothing():
+    with pytest.raises(ValueError, match="leave out --init denoiser"):
+        audio_pretrain.build(CONFIG, 0, {"denoiser": "x"})
