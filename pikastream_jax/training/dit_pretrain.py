@@ -73,7 +73,7 @@ def sample_bidirectional(
     return jax.lax.scan(euler, start, (times[:-1], times[1:]))[0]
 
 
-def build(config: Config, seed: int, init: dict[str, Path], updates: int = 550) -> Stage:
+def build(config: Config, seed: int, init: dict[str, Path], updates: int = 3_000) -> Stage:
     """The stage. `init` names `clips` and `flash_vae` (for pictures), and may name a `denoiser` to start from and, as `audio`, a run of
     `audio_pretrain` whose encoder takes the place of the untrained one."""
     settings = PretrainConfig()
