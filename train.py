@@ -18,6 +18,7 @@ from configs import preset
 STAGES = {
     "flash_vae_low_res": "pikastream_jax.training.flash_vae:build_low_res",
     "flash_vae_streaming": "pikastream_jax.training.flash_vae:build_streaming",
+    "flash_vae_decoder": "pikastream_jax.training.flash_vae:build_decoder",
     "audio_pretrain": "pikastream_jax.training.audio_pretrain:build",
     "dit_pretrain": "pikastream_jax.training.dit_pretrain:build",
     "dit_causal": "pikastream_jax.training.dit_causal:build",
@@ -30,7 +31,7 @@ class Arguments:
     """Train one stage of pikastream-jax. The same command again continues a stopped run."""
 
     stage: Annotated[str, tyro.conf.Positional]
-    """One of flash_vae_low_res, flash_vae_streaming, audio_pretrain, dit_pretrain, dit_causal, face_estimator."""
+    """One of flash_vae_low_res, flash_vae_streaming, flash_vae_decoder, audio_pretrain, dit_pretrain, dit_causal, face_estimator."""
     out: Path
     """Folder of the run: metrics, pictures, checkpoints."""
     config: str = "tiny"

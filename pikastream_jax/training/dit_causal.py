@@ -36,10 +36,10 @@ from pikastream_jax.weights.safetensors_io import restore_into
 class CausalConfig:
     """Settings of the stage."""
 
-    batch: int = 6
-    latent_frames: int = 6
+    batch: int = 4
+    latent_frames: int = 9  # the last chunk of three sees the whole window, as in a stream
     ema: float = 0.99
-    optimiser: OptimiserConfig = OptimiserConfig(learning_rate=7e-4, warmup_steps=30, decay="linear")
+    optimiser: OptimiserConfig = OptimiserConfig(learning_rate=1.5e-3, warmup_steps=20, decay="linear")
 
 
 def random_chunks(key: Array, batch: int, frames: int, largest: int) -> Int[Array, "b f"]:
@@ -154,7 +154,7 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 220) 
             "stage": dataclasses.asdict(settings),
         },
         evaluate=lambda state: {"loss": float(held_out(state.ema, data()))},
-        evaluate_every=100,
+        evaluate_every=50,
         sample=sample,
         sample_every=150,
     )

@@ -1,4 +1,5 @@
-"""FlashVAE's stages: low-resolution pre-training on crops, then streaming at full size through the decoder's rolling cache."""
+"""FlashVAE's stages: low-resolution pre-training on crops, streaming at full size through the decoder's rolling cache, then the
+decoder alone."""
 
 import dataclasses
 import functools
@@ -33,6 +34,7 @@ class VAEStageConfig:
     latent_frames: int  # in a clip
     crop: int  # pixels each way
     streaming: bool  # decode frame by frame through the cache, as at inference
+    encoder: bool  # False leaves the encoder as it is, and with it the latents that the DiT knows
     kl_weight: float
     motion_weight: float
     updates: int
@@ -59,6 +61,8 @@ def vae_loss(
     vae = model.bind(params)
     video = batch.video
     mean, log_variance = vae.encode(video)
+    if not stage.encoder:
+        mean, log_variance = jax.lax.stop_gradient((mean, log_variance))
     latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
     output = _decode(vae, latents, stage.streaming)
     h, w = video.shape[2:4]
@@ -156,6 +160,7 @@ def build_low_res(config: Config, seed: int, init: dict[str, Path]) -> Stage:
         latent_frames=1,
         crop=config.stream.height // 4,
         streaming=False,
+        encoder=True,
         kl_weight=5e-5,
         motion_weight=6.0,
         updates=1_800,
@@ -171,9 +176,32 @@ def build_streaming(config: Config, seed: int, init: dict[str, Path]) -> Stage:
         latent_frames=3,
         crop=config.stream.height,
         streaming=True,
+        encoder=True,
         kl_weight=5e-5,
         motion_weight=6.0,
         updates=300,
         optimiser=OptimiserConfig(learning_rate=1.5e-3, warmup_steps=30, decay="linear"),
     )
     return _build(config, "flash_vae_streaming", stage, seed, init)
+
+
+def build_decoder(config: Config, seed: int, init: dict[str, Path]) -> Stage:
+    """The decoder alone, on halves of the picture: latents stay as they are, so clips and DiT stay valid while pictures improve.
+
+    Raises:
+      ValueError: `init` names no `flash_vae`: an untrained encoder would never be trained.
+    """
+    if "flash_vae" not in init:
+        raise ValueError("flash_vae_decoder keeps a trained encoder: give --init flash_vae=RUN_OR_FILE")
+    stage = VAEStageConfig(
+        batch=6,
+        latent_frames=3,
+        crop=config.stream.height // 2,
+        streaming=True,
+        encoder=False,
+        kl_weight=0.0,
+        motion_weight=3.0,
+        updates=1_500,
+        optimiser=OptimiserConfig(learning_rate=2e-3, warmup_steps=50, decay="linear"),
+    )
+    return _build(config, "flash_vae_decoder", stage, seed, init)

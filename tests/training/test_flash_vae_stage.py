@@ -18,12 +18,13 @@ from tests.small import small_config, small_models
 CONFIG = small_config(height=32, width=32)
 
 
-def settings(streaming):
+def settings(streaming, encoder=True):
     return flash_vae.VAEStageConfig(
         batch=2,
         latent_frames=3,
         crop=32,
         streaming=streaming,
+        encoder=encoder,
         kl_weight=0.1,
         motion_weight=0.5,
         updates=1,
@@ -86,3 +87,21 @@ def test_a_stage_learns_and_draws(build, tmp_path):
     stage.sample(state, tmp_path / "faces.png")
     with Image.open(tmp_path / "faces.png") as picture:
         assert picture.size == (8 * 64, 4 * 64), "eight people, first and last frame, true and reconstructed"
+
+
+def test_the_decoder_stage_leaves_the_encoder_alone():
+    models, params = small_models(CONFIG)
+    video = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 12, 32, 32, 3)), jnp.float32)
+    batch = FaceBatch(video, boxes=jnp.full((2, 12, 2, 4), 8.0), origin=jnp.zeros((2, 2)))
+
+    def loss(params, encoder):
+        chosen = settings(streaming=False, encoder=encoder)
+        return flash_vae.vae_loss(models.flash_vae, params, batch, jax.random.key(0), chosen)[0]
+
+    gradient = {known: jax.jit(jax.grad(lambda p, k=known: loss(p, k)))(params.flash_vae) for known in (True, False)}
+    encoding = ("patch_in", "encoder", "norm_moments", "moments")
+    for name in gradient[True]:
+        size = {known: max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(g[name])) for known, g in gradient.items()}
+        assert size[True] > 0 and (size[False] == 0) == (name in encoding), name
+    with pytest.raises(ValueError, match="give --init flash_vae=RUN_OR_FILE"):
+        flash_vae.build_decoder(CONFIG, 0, {})
