@@ -160,7 +160,7 @@ def test_errors(small, tmp_path):
     with pytest.raises(FileNotFoundError, match="pikastream_jax.data.corpus"):
         corpus.load_corpus(tmp_path / "none.npz")
     np.savez(tmp_path / "other.npz", a=1)
-    with pytest.raises(ValueError, match="format 1"):
+    with pytest.raises(ValueError, match="format 2"):
         corpus.load_corpus(tmp_path / "other.npz")
     with pytest.raises(ValueError, match="'test'"):
         small.starts("test", 5, 96)
