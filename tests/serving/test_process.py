@@ -19,6 +19,8 @@ ROOT = HERE.parent.parent
 
 def start(*arguments, step_seconds=0.0, **kwargs):
     """serve.py with the fake generator; kwargs as of Popen."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job ignores Ctrl-C, and hands that on
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(HERE / "fakes.py"), str(step_seconds), *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
