@@ -54,7 +54,7 @@ def chunked_attention(
     """
     check_implementation("chunked_attention", impl)
     frames = chunk_ids.shape[1] * copies
-    b, n = q.shape[:2]
+    n = q.shape[1]
     if n % frames:
         raise ValueError(f"chunked_attention: {n} tokens are not a multiple of {frames} latent frames")
     tokens = n // frames

@@ -81,7 +81,7 @@ class Corpus:
 
 
 def save_corpus(path: Path, corpus: Corpus) -> None:
-    """Write `corpus` as an npz; mel frames as differences in time modulo 256, by LZMA: together a third of the file."""
+    """Write `corpus` as an npz; mel frames as differences in time modulo 256, by LZMA: together half of the size."""
     arrays = {f.name: getattr(corpus, f.name) for f in dataclasses.fields(corpus)}
     # uint8 arithmetic wraps, and the running sum of the differences wraps back.
     arrays["mel"] = np.diff(corpus.mel, axis=0, prepend=np.zeros_like(corpus.mel[:1]))

@@ -25,7 +25,7 @@ from pikastream_jax.nn.layers import Params, functional, initial_params
 from pikastream_jax.training.clips import SPEECH
 from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
-from pikastream_jax.training.optimiser import OptimiserConfig, ema_update, make_optimiser
+from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 
 HELD_OUT = 2_000  # slices
 
@@ -70,7 +70,7 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 1_500
 
     def initial_state() -> TrainState:
         params = initial_params(build_model, jax.random.key(seed))
-        return TrainState(jnp.zeros((), jnp.int32), params, optimiser.init(params), params, {})
+        return TrainState.start(params, optimiser)
 
     def data() -> dict:
         starts = corpus().starts("train", 1, config.audio.mel_frames)
@@ -91,9 +91,7 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 1_500
             return jnp.mean((model.bind(params)(mel) - truth) ** 2)
 
         value, gradient = jax.value_and_grad(loss)(state.params)
-        updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
-        params = jax.tree.map(jnp.add, state.params, updates)
-        return TrainState(state.step, params, opt_state, ema_update(state.ema, params, state.step, settings.ema), {}), {
+        return state.descend(gradient, optimiser, settings.ema), {
             "loss": value
         }
 

@@ -27,7 +27,7 @@ from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.dit_data import DiTBatch, draw_batch, load_data, weighted_velocity_loss
 from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
-from pikastream_jax.training.optimiser import OptimiserConfig, ema_update, make_optimiser
+from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.training.previews import save_preview
 from pikastream_jax.weights.safetensors_io import restore_into
 
@@ -111,17 +111,14 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 220) 
         if "denoiser" not in init:
             raise ValueError("dit_causal starts from a trained teacher: give --init denoiser=RUN_OR_FILE")
         params = restore_into(model.abstract, load_weights(init["denoiser"]))
-        return TrainState(jnp.zeros((), jnp.int32), params, optimiser.init(params), params, {})
+        return TrainState.start(params, optimiser)
 
     def update(state: TrainState, key: Array, data: dict) -> tuple[TrainState, dict]:
         k_data, k_chunks, k_loss = jax.random.split(key, 3)
         batch = split_batch(draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames))
         chunk_ids = random_chunks(k_chunks, settings.batch, settings.latent_frames, config.stream.chunk)
         value, gradient = jax.value_and_grad(lambda p: causal_loss(config, model, p, batch, k_loss, chunk_ids))(state.params)
-        updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
-        params = jax.tree.map(jnp.add, state.params, updates)
-        ema = ema_update(state.ema, params, state.step, settings.ema)
-        return TrainState(state.step, params, opt_state, ema, state.extra), {"loss": value}
+        return state.descend(gradient, optimiser, settings.ema), {"loss": value}
 
     data = functools.cache(lambda: load_data(init["clips"]))
 

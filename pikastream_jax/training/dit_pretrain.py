@@ -17,7 +17,7 @@ from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.dit_data import DiTBatch, draw_batch, load_data, weighted_velocity_loss
 from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
-from pikastream_jax.training.optimiser import OptimiserConfig, ema_update, make_optimiser
+from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.training.previews import save_preview
 from pikastream_jax.weights.safetensors_io import restore_into
 
@@ -91,7 +91,7 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 3_000
             params = initial_params(build_model, jax.random.key(seed))
         if "audio" in init:
             params["audio"] = restore_into(model.abstract["audio"], load_weights(init["audio"])["audio"])
-        return TrainState(jnp.zeros((), jnp.int32), params, optimiser.init(params), params, {})
+        return TrainState.start(params, optimiser)
 
     def loss(params: Params, batch: DiTBatch, key: Array) -> Float[Array, ""]:
         k_t, k_noise, k_distance = jax.random.split(key, 3)
@@ -106,10 +106,7 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 3_000
         k_data, k_loss = jax.random.split(key)
         batch = split_batch(draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames))
         value, gradient = jax.value_and_grad(loss)(state.params, batch, k_loss)
-        updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
-        params = jax.tree.map(jnp.add, state.params, updates)
-        ema = ema_update(state.ema, params, state.step, settings.ema)
-        return TrainState(state.step, params, opt_state, ema, state.extra), {"loss": value}
+        return state.descend(gradient, optimiser, settings.ema), {"loss": value}
 
     data = functools.cache(lambda: load_data(init["clips"]))
 

@@ -29,7 +29,7 @@ from pikastream_jax.nn.layers import Params, functional, initial_params
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.faces import random_states
 from pikastream_jax.training.loop import Stage, TrainState
-from pikastream_jax.training.optimiser import OptimiserConfig, ema_update, make_optimiser
+from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.weights.safetensors_io import save
 
 HELD_OUT_SEED = 2_000_003
@@ -116,7 +116,7 @@ def build(config: Config, seed: int, init: dict[str, Path]) -> Stage:
 
     def initial_state() -> TrainState:
         params = initial_params(build_model, jax.random.key(seed))
-        return TrainState(jnp.zeros((), jnp.int32), params, optimiser.init(params), params, {})
+        return TrainState.start(params, optimiser)
 
     def loss(params: Params, batch: EstimatorBatch) -> tuple[Array, dict[str, Array]]:
         estimator = model.bind(params)
@@ -130,9 +130,7 @@ def build(config: Config, seed: int, init: dict[str, Path]) -> Stage:
     def update(state: TrainState, key: Array, data: dict) -> tuple[TrainState, dict]:
         batch = estimator_batch(key, BATCH)
         (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, batch)
-        updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
-        params = jax.tree.map(jnp.add, state.params, updates)
-        return TrainState(state.step, params, opt_state, ema_update(state.ema, params, state.step, EMA), {}), {
+        return state.descend(gradient, optimiser, EMA), {
             "loss": value,
             **parts,
         }

@@ -18,7 +18,7 @@ from pikastream_jax.training.faces import FaceBatch, face_batch
 from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.losses import motion_loss, psnr, reconstruction_loss, region_weights
 from pikastream_jax.training.mesh import split_batch
-from pikastream_jax.training.optimiser import OptimiserConfig, ema_update, make_optimiser
+from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.training.pictures import save_rows
 from pikastream_jax.weights.safetensors_io import restore_into
 
@@ -93,7 +93,7 @@ def _build(config: Config, name: str, stage: VAEStageConfig, seed: int, init: di
             params = restore_into(model.abstract, load_weights(init["flash_vae"]))
         else:
             params = initial_params(build_model, jax.random.key(seed))
-        return TrainState(jnp.zeros((), jnp.int32), params, optimiser.init(params), params, {})
+        return TrainState.start(params, optimiser)
 
     def update(state: TrainState, key: Array, data: dict) -> tuple[TrainState, dict]:
         k_data, k_noise = jax.random.split(key)
@@ -101,10 +101,7 @@ def _build(config: Config, name: str, stage: VAEStageConfig, seed: int, init: di
         (loss, metrics), gradient = jax.value_and_grad(lambda p: vae_loss(model, p, batch, k_noise, stage), has_aux=True)(
             state.params
         )
-        updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
-        params = jax.tree.map(jnp.add, state.params, updates)
-        ema = ema_update(state.ema, params, state.step, stage.ema)
-        return TrainState(state.step, params, opt_state, ema, {}), {"loss": loss, **metrics}
+        return state.descend(gradient, optimiser, stage.ema), {"loss": loss, **metrics}
 
     held_out = functools.cache(lambda: jax.jit(render_held_out)(jax.random.key(HELD_OUT_SEED)))
 

@@ -18,12 +18,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 from tqdm import tqdm
 
 from pikastream_jax.training.checkpoint import CHECKPOINTS, Checkpoints
 from pikastream_jax.training.mesh import replicate, replicated
 from pikastream_jax.training.metrics import METRICS_FILE, MetricsFile, convergence_verdict
+from pikastream_jax.training.optimiser import ema_update
 from pikastream_jax.training.signals import StopRequest, stop_on_signal
 
 
@@ -37,6 +39,20 @@ class TrainState:
     opt_state: PyTree[Array]
     ema: PyTree[Array]  # like params
     extra: PyTree[Array]  # the stage's own; {} where it has none
+
+    @classmethod
+    def start(cls, params: PyTree[Array], optimiser: optax.GradientTransformation) -> "TrainState":
+        """The state before the first update, its average at the parameters."""
+        return cls(jnp.zeros((), jnp.int32), params, optimiser.init(params), params, {})
+
+    def descend(
+        self, gradient: PyTree[Array], optimiser: optax.GradientTransformation, ema_decay: float
+    ) -> "TrainState":
+        """Parameters, optimiser state and average after `gradient`; the loop counts `step`."""
+        updates, opt_state = optimiser.update(gradient, self.opt_state, self.params)
+        params = optax.apply_updates(self.params, updates)
+        ema = ema_update(self.ema, params, self.step, ema_decay)
+        return dataclasses.replace(self, params=params, opt_state=opt_state, ema=ema)
 
 
 Metrics = dict[str, Float[Array, ""]]
