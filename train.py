@@ -20,6 +20,7 @@ STAGES = {
     "flash_vae_streaming": "pikastream_jax.training.flash_vae:build_streaming",
     "flash_vae_decoder": "pikastream_jax.training.flash_vae:build_decoder",
     "audio_pretrain": "pikastream_jax.training.audio_pretrain:build",
+    "text_pretrain": "pikastream_jax.training.text_pretrain:build",
     "dit_pretrain": "pikastream_jax.training.dit_pretrain:build",
     "dit_causal": "pikastream_jax.training.dit_causal:build",
     "face_estimator": "pikastream_jax.training.face_estimator:build",
@@ -31,13 +32,15 @@ class Arguments:
     """Train one stage of pikastream-jax. The same command again continues a stopped run."""
 
     stage: Annotated[str, tyro.conf.Positional]
-    """One of flash_vae_low_res, flash_vae_streaming, flash_vae_decoder, audio_pretrain, dit_pretrain, dit_causal, face_estimator."""
+    """One of flash_vae_low_res, flash_vae_streaming, flash_vae_decoder, audio_pretrain, text_pretrain, dit_pretrain, dit_causal, face_estimator."""
     out: Path
     """Folder of the run: metrics, pictures, checkpoints."""
     config: str = "tiny"
     """Preset in configs/."""
     seed: int = 0
     """Everything random follows from it."""
+    updates: int | None = None
+    """Length of the whole run, for which the learning rate's fall is laid out; by default the stage's own."""
     steps: int | None = None
     """Stop after this many updates; the run can be continued."""
     minutes: float | None = None
@@ -61,7 +64,10 @@ def main() -> int:
 
         module, function = STAGES[arguments.stage].split(":")
         build = getattr(importlib.import_module(module), function)
-        stage = build(preset(arguments.config), arguments.seed, parse_init(arguments.init))
+        if arguments.updates is not None and arguments.updates < 1:
+            raise ValueError(f"--updates {arguments.updates} must be at least 1")
+        length = {} if arguments.updates is None else {"updates": arguments.updates}
+        stage = build(preset(arguments.config), arguments.seed, parse_init(arguments.init), **length)
         try:
             run(stage, arguments.out, minutes=arguments.minutes, steps=arguments.steps)
         except NonFiniteError as error:

@@ -1,6 +1,7 @@
 """Batches for the DiT's stages: random windows of the prepared clips with their sound, captions and references."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +44,29 @@ def load_data(clips: Path, speech: Path = SPEECH) -> dict[str, Any]:
 
 
 def draw_batch(
-    config: Config, data: dict[str, Any], split: str, key: Array, batch: int, frames: int, *, train: bool = True
+    config: Config,
+    data: dict[str, Any],
+    split: str,
+    key: Array,
+    batch: int,
+    frames: int,
+    *,
+    train: bool = True,
+    crop: float = 1.0,
 ) -> DiTBatch:
     """Random windows of `frames` latent frames.
 
     Args:
       train: augment the sound and drop conditions; otherwise clips are taken in order, from their start.
+      crop: share of the picture's height and width (in whole tokens, rounded up) that a random part takes, the same part of video and
+        reference. RoPE is relative and the DiT has no other notion of place, so to it a part is a picture with less around.
 
     Raises:
       ValueError: the preset hears ahead, for which the prepared sound is not cut.
     """
     if config.audio.look_ahead:
         raise ValueError(f"audio.look_ahead {config.audio.look_ahead}: the clips' sound ends with its latent frame, use 0")
+    rows, columns = config.latent_grid
     clips = data[split]
     count, length = clips.latents.shape[:2]
     k_clip, k_offset, k_augment, k_drop = jax.random.split(key, 4)
@@ -73,10 +85,12 @@ def draw_batch(
         return latents, boxes, audio_slices(mel, frames, config.audio.mel_frames)
 
     latents, boxes, mel = jax.vmap(one)(index, offset, jax.random.split(k_augment, batch))
-    rows, columns = config.latent_grid
     weight = region_weights(_latent_boxes(boxes, config.flash_vae.spatial_stride), rows, columns, REGION_WEIGHTS)
     keep = jax.random.uniform(k_drop, (3, batch)) >= (DROP if train else 0.0)
     reference = clips.reference[index].astype(jnp.float32)
+    if crop < 1.0:
+        latents, weight, reference = _cropped(config, jax.random.fold_in(key, 4), crop, latents, weight, reference[:, None])
+        reference = jnp.squeeze(reference, 1)
     return DiTBatch(
         latents=latents.astype(jnp.float32),
         reference=jnp.where(keep[0][:, None, None, None], reference, 0.0),
@@ -86,6 +100,19 @@ def draw_batch(
         keep_audio=keep[2],
         weight=weight / jnp.mean(weight, axis=(2, 3), keepdims=True),
     )
+
+
+def _cropped(config: Config, key: Array, share: float, *arrays: Float[Array, "b f r c ..."]) -> list[Float[Array, "b f h w ..."]]:
+    """The same random part of every array's rows and columns, from a corner of each batch row's own."""
+    patch = config.dit.patch
+    size = tuple(math.ceil(share * tokens) for tokens in config.token_grid)
+    room = jnp.array(config.token_grid) - jnp.array(size) + 1
+    corner = patch * jax.random.randint(key, (len(arrays[0]), 2), 0, room)
+
+    def one(x, corner):
+        return jax.lax.dynamic_slice(x, (0, *corner, *[0] * (x.ndim - 3)), (x.shape[0], patch * size[0], patch * size[1], *x.shape[3:]))
+
+    return [jax.vmap(one)(x, corner) for x in arrays]
 
 
 def _latent_boxes(boxes: Float[Array, "*b n 4"], stride: int) -> Float[Array, "*b n 4"]:

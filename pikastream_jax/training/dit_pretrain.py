@@ -26,8 +26,9 @@ from pikastream_jax.weights.safetensors_io import restore_into
 class PretrainConfig:
     """Settings of the stage."""
 
-    batch: int = 16
+    batch: int = 24
     latent_frames: int = 3
+    crop: float = 0.75  # share of the picture's sides; faces stand in the middle, so any such part holds nearly all that is hard
     shift: float = 1.5  # of the logit-normal timesteps
     ema: float = 0.99
     optimiser: OptimiserConfig = OptimiserConfig(learning_rate=3e-3, warmup_steps=50, decay="linear")
@@ -74,8 +75,8 @@ def sample_bidirectional(
 
 
 def build(config: Config, seed: int, init: dict[str, Path], updates: int = 3_000) -> Stage:
-    """The stage. `init` names `clips` and `flash_vae` (for pictures), and may name a `denoiser` to start from and, as `audio`, a run of
-    `audio_pretrain` whose encoder takes the place of the untrained one."""
+    """The stage. `init` names `clips` and `flash_vae` (for pictures), and may name a `denoiser` to start from and, as `audio` and
+    `text`, runs of `audio_pretrain` and `text_pretrain` whose encoders take the place of its own."""
     settings = PretrainConfig()
 
     def build_model(rngs):
@@ -89,8 +90,9 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 3_000
             params = restore_into(model.abstract, load_weights(init["denoiser"]))
         else:
             params = initial_params(build_model, jax.random.key(seed))
-        if "audio" in init:
-            params["audio"] = restore_into(model.abstract["audio"], load_weights(init["audio"])["audio"])
+        for encoder in ("audio", "text"):
+            if encoder in init:
+                params[encoder] = restore_into(model.abstract[encoder], load_weights(init[encoder])[encoder])
         return TrainState.start(params, optimiser)
 
     def loss(params: Params, batch: DiTBatch, key: Array) -> Float[Array, ""]:
@@ -104,7 +106,8 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 3_000
 
     def update(state: TrainState, key: Array, data: dict) -> tuple[TrainState, dict]:
         k_data, k_loss = jax.random.split(key)
-        batch = split_batch(draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames))
+        batch = draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames, crop=settings.crop)
+        batch = split_batch(batch)
         value, gradient = jax.value_and_grad(loss)(state.params, batch, k_loss)
         return state.descend(gradient, optimiser, settings.ema), {"loss": value}
 

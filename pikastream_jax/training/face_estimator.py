@@ -33,7 +33,7 @@ from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.weights.safetensors_io import save
 
 HELD_OUT_SEED = 2_000_003
-BATCH, UPDATES = 32, 1_500
+BATCH = 32
 EMA = 0.99
 OPTIMISER = OptimiserConfig(learning_rate=3e-3, warmup_steps=50, decay="cosine", final_fraction=0.02, muon=True)
 _JITTER = 5.0  # pixels by which a crop may miss, as the first reader does
@@ -100,7 +100,7 @@ def _blur(picture: Float[Array, "h w 3"]) -> Float[Array, "h w 3"]:
     return 0.25 * (rows[:, :-2] + rows[:, 2:]) + 0.5 * rows[:, 1:-1]
 
 
-def build(config: Config, seed: int, init: dict[str, Path]) -> Stage:
+def build(config: Config, seed: int, init: dict[str, Path], updates: int = 1_500) -> Stage:
     """The stage `face_estimator`. It depends on no preset and takes no weights.
 
     Raises:
@@ -112,7 +112,7 @@ def build(config: Config, seed: int, init: dict[str, Path]) -> Stage:
         raise ValueError(f"face_estimator starts from nothing: leave out --init {', '.join(init)}")
     build_model = lambda rngs: FaceEstimator(rngs=rngs)  # noqa: E731
     model = functional(build_model)
-    optimiser = make_optimiser(model.abstract, OPTIMISER, UPDATES)
+    optimiser = make_optimiser(model.abstract, OPTIMISER, updates)
 
     def initial_state() -> TrainState:
         params = initial_params(build_model, jax.random.key(seed))
@@ -145,7 +145,7 @@ def build(config: Config, seed: int, init: dict[str, Path]) -> Stage:
 
     return Stage(
         name="face_estimator",
-        total_steps=UPDATES,
+        total_steps=updates,
         seed=seed,
         init=initial_state,
         update=update,

@@ -150,7 +150,7 @@ def _build(config: Config, name: str, stage: VAEStageConfig, seed: int, init: di
     )
 
 
-def build_low_res(config: Config, seed: int, init: dict[str, Path]) -> Stage:
+def build_low_res(config: Config, seed: int, init: dict[str, Path], updates: int = 1_800) -> Stage:
     """Crops of a quarter of the picture's side, mostly mouths and eyes, one latent frame each: most of the learning, cheaply."""
     stage = VAEStageConfig(
         batch=64,
@@ -160,13 +160,13 @@ def build_low_res(config: Config, seed: int, init: dict[str, Path]) -> Stage:
         encoder=True,
         kl_weight=5e-5,
         motion_weight=6.0,
-        updates=1_800,
+        updates=updates,
         optimiser=OptimiserConfig(learning_rate=3e-3, warmup_steps=100, decay="linear"),
     )
     return _build(config, "flash_vae_low_res", stage, seed, init)
 
 
-def build_streaming(config: Config, seed: int, init: dict[str, Path]) -> Stage:
+def build_streaming(config: Config, seed: int, init: dict[str, Path], updates: int = 300) -> Stage:
     """Whole pictures, longer clips, decoded frame by frame with the cache, as the stream does."""
     stage = VAEStageConfig(
         batch=4,
@@ -176,13 +176,13 @@ def build_streaming(config: Config, seed: int, init: dict[str, Path]) -> Stage:
         encoder=True,
         kl_weight=5e-5,
         motion_weight=6.0,
-        updates=300,
+        updates=updates,
         optimiser=OptimiserConfig(learning_rate=1.5e-3, warmup_steps=30, decay="linear"),
     )
     return _build(config, "flash_vae_streaming", stage, seed, init)
 
 
-def build_decoder(config: Config, seed: int, init: dict[str, Path]) -> Stage:
+def build_decoder(config: Config, seed: int, init: dict[str, Path], updates: int = 1_500) -> Stage:
     """The decoder alone, on halves of the picture: latents stay as they are, so clips and DiT stay valid while pictures improve.
 
     Raises:
@@ -198,7 +198,7 @@ def build_decoder(config: Config, seed: int, init: dict[str, Path]) -> Stage:
         encoder=False,
         kl_weight=0.0,
         motion_weight=3.0,
-        updates=1_500,
+        updates=updates,
         optimiser=OptimiserConfig(learning_rate=2e-3, warmup_steps=50, decay="linear"),
     )
     return _build(config, "flash_vae_decoder", stage, seed, init)

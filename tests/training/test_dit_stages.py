@@ -114,6 +114,25 @@ def test_a_tenth_of_the_rows_loses_each_condition_on_its_own():
     assert (np.asarray(batch.valid)[~no_prompt] == 4).all()
 
 
+def test_a_crop_is_the_same_part_of_video_reference_and_weight():
+    place = np.stack(np.meshgrid(np.arange(6.0), np.arange(4.0), indexing="ij"), axis=-1).astype(np.float16)  # [6, 4, (row, column)]
+    data = coded_data()
+    latents = jnp.asarray(np.broadcast_to(np.tile(place, 2), (COUNT, LENGTH, 6, 4, 4)))
+    data["train"] = dataclasses.replace(data["train"], latents=latents, reference=100 + latents[:, 0])
+    run = jax.jit(lambda data, key, crop: dit_data.draw_batch(CONFIG, data, "train", key, 64, 2, crop=crop), static_argnums=2)
+    batch, whole = run(data, jax.random.key(0), 0.5), run(data, jax.random.key(0), 1.0)
+    # Half of 3 x 2 tokens, rounded up, is 2 x 1 tokens: 4 x 2 latents, from one of 2 x 2 corners.
+    assert batch.latents.shape == (64, 2, 4, 2, 4) and batch.weight.shape == (64, 2, 4, 2)
+    corner = np.asarray(batch.latents[:, 0, 0, 0, :2], int)
+    assert {tuple(c) for c in corner} == {(0, 0), (0, 2), (2, 0), (2, 2)}
+    for row, (y, x) in enumerate(corner):
+        np.testing.assert_array_equal(batch.latents[row], whole.latents[row, :, y : y + 4, x : x + 2])
+        np.testing.assert_array_equal(batch.reference[row], whole.reference[row, y : y + 4, x : x + 2])
+        part = whole.weight[row, :, y : y + 4, x : x + 2]
+        np.testing.assert_allclose(batch.weight[row], part / part.mean(axis=(1, 2), keepdims=True), rtol=1e-5)
+    np.testing.assert_array_equal(batch.mel, whole.mel)
+
+
 def test_random_chunks():
     """Whole chunks of one size per sequence: the largest in 2/3 + 1/3 x 1/3 of them, else any."""
     ids = np.asarray(dit_causal.random_chunks(jax.random.key(0), 3000, 9, 3))

@@ -32,6 +32,8 @@ def test_a_stage_trains_in_two_stretches(monkeypatch, tmp_path, capsys):
     )
     assert command_line(monkeypatch, "build", "--out", tmp_path) == 0
     assert "complete after 60 updates" in capsys.readouterr().err
+    assert command_line(monkeypatch, "build", "--out", tmp_path, "--updates", "70") == 0
+    assert "complete after 70 updates" in capsys.readouterr().err, "a finished run goes on when it is made longer"
 
 
 @pytest.mark.parametrize(
@@ -43,6 +45,7 @@ def test_a_stage_trains_in_two_stretches(monkeypatch, tmp_path, capsys):
         (["build", "--init", "flash_vae=/nowhere"], "--init flash_vae: there is no /nowhere"),
         (["build_nan"], "at step 7 loss is nan"),
         (["build", "--steps", "0"], "steps must be above 0, got 0"),
+        (["build", "--updates", "0"], "--updates 0 must be at least 1"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_exit_1(monkeypatch, tmp_path, capsys, arguments, message):

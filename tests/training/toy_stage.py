@@ -55,9 +55,9 @@ def toy_stage(total_steps=60, seed=0, nan_loss_at=-1, nan_params_at=-1, **change
     return Stage("toy", total_steps, seed, init, update, evaluate=evaluate, **fields)
 
 
-def build(config, seed, init_from):
+def build(config, seed, init_from, updates=60):
     del config, init_from
-    return toy_stage(seed=seed)
+    return toy_stage(total_steps=updates, seed=seed)
 
 
 def build_endless(config, seed, init_from):
