@@ -36,8 +36,9 @@ from pikastream_jax.weights.safetensors_io import restore_into
 class CausalConfig:
     """Settings of the stage."""
 
-    batch: int = 4
+    batch: int = 6
     latent_frames: int = 9  # the last chunk of three sees the whole window, as in a stream
+    crop: float = 0.75  # share of the picture's sides, see PretrainConfig
     ema: float = 0.99
     optimiser: OptimiserConfig = OptimiserConfig(learning_rate=1.5e-3, warmup_steps=20, decay="linear")
 
@@ -101,7 +102,7 @@ def sample_causal(
     return jnp.concatenate(chunks, axis=1)
 
 
-def build(config: Config, seed: int, init: dict[str, Path], updates: int = 220) -> Stage:
+def build(config: Config, seed: int, init: dict[str, Path], updates: int = 500) -> Stage:
     """The stage. `init` names `clips`, `flash_vae` (for pictures) and `denoiser`, the pre-trained teacher."""
     settings = CausalConfig()
     model = functional(lambda rngs: Denoiser(config, rngs=rngs))
@@ -115,7 +116,8 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 220) 
 
     def update(state: TrainState, key: Array, data: dict) -> tuple[TrainState, dict]:
         k_data, k_chunks, k_loss = jax.random.split(key, 3)
-        batch = split_batch(draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames))
+        batch = draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames, crop=settings.crop)
+        batch = split_batch(batch)
         chunk_ids = random_chunks(k_chunks, settings.batch, settings.latent_frames, config.stream.chunk)
         value, gradient = jax.value_and_grad(lambda p: causal_loss(config, model, p, batch, k_loss, chunk_ids))(state.params)
         return state.descend(gradient, optimiser, settings.ema), {"loss": value}
