@@ -86,8 +86,8 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 400) 
         k_row, k_drop = jax.random.split(key)
         row = jax.random.randint(k_row, (settings.batch,), 0, settings.captions)
         dropped = jax.random.uniform(k_drop, (settings.batch,)) < settings.drop
-        valid = jnp.where(dropped, 1, jnp.asarray(data["valid"])[row])
-        tokens, valid, style = split_batch((jnp.asarray(data["tokens"])[row], valid, jnp.asarray(data["style"])[row]))
+        valid = jnp.where(dropped, 1, data["valid"][row])
+        tokens, valid, style = split_batch((data["tokens"][row], valid, data["style"][row]))
 
         def loss(params: Params) -> Float[Array, ""]:
             return jnp.mean((model.bind(params)(tokens, valid) - style) ** 2)
