@@ -29,7 +29,8 @@ class PretrainConfig:
     batch: int = 24
     latent_frames: int = 3
     crop: float = 0.75  # share of the picture's sides; faces stand in the middle, so any such part holds nearly all that is hard
-    shift: float = 1.5  # of the logit-normal timesteps
+    shift: float = 3.0  # of the logit-normal timesteps
+    pure_noise: float = 0.25  # share of rows at t = 1, where the conditions alone tell what to draw and logit-normal timesteps hardly come
     ema: float = 0.99
     optimiser: OptimiserConfig = OptimiserConfig(learning_rate=3e-3, warmup_steps=50, decay="linear")
 
@@ -98,7 +99,9 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 3_000
     def loss(params: Params, batch: DiTBatch, key: Array) -> Float[Array, ""]:
         k_t, k_noise, k_distance = jax.random.split(key, 3)
         b, f = batch.latents.shape[:2]
-        t = jnp.broadcast_to(logit_normal_timesteps(k_t, (b, 1), settings.shift), (b, f))
+        t = logit_normal_timesteps(k_t, (b, 1), settings.shift)
+        t = jnp.where(jnp.arange(b)[:, None] < settings.pure_noise * b, 1.0, t)
+        t = jnp.broadcast_to(t, (b, f))
         noise = jax.random.normal(k_noise, batch.latents.shape)
         distance = jax.random.randint(k_distance, (b,), 4, 31).astype(jnp.float32)
         velocity = bidirectional_velocity(model, params, batch, interpolate(batch.latents, noise, t), t, distance)

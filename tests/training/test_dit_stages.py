@@ -10,7 +10,7 @@ import pytest
 from small_corpus import small_corpus
 
 from pikastream_jax.data.corpus import MEL_STEP
-from pikastream_jax.training import dit_causal, dit_data, dit_pretrain
+from pikastream_jax.training import conditions, dit_causal, dit_data, dit_pretrain
 from pikastream_jax.training.clips import Clips
 from pikastream_jax.training.mesh import replicate
 from pikastream_jax.training.optimiser import OptimiserConfig
@@ -259,6 +259,42 @@ def test_a_stage_learns(stage_module, settings, teacher, held_out, monkeypatch):
     moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), state.params, first.params)
     still = [name for name, value in safetensors_io.flatten(moved).items() if value == 0]
     assert not still, "every parameter takes part"
+
+
+def test_a_quarter_of_the_pre_training_stands_at_pure_noise(teacher, monkeypatch):
+    """There the conditions alone say what to draw; the other rows' timesteps are logit-normal, moved towards noise."""
+    asked = {}
+
+    def velocity(model, params, batch, x, t, distance):
+        asked.update(x=x, t=t, clean=batch.latents)
+        return jnp.zeros_like(x)
+
+    monkeypatch.setattr(dit_pretrain, "bidirectional_velocity", velocity)
+    stage = dit_pretrain.build(CONFIG, 0, {"denoiser": teacher}, updates=100)
+    with jax.disable_jit():
+        stage.update(replicate(stage.init()), jax.random.key(0), replicate(learnable_data()))
+    t, x, clean = (np.asarray(asked[name]) for name in ("t", "x", "clean"))
+    assert t.shape == (24, 3) and (t == t[:, :1]).all(), "one timestep per clip"
+    pure = t[:, 0] == 1
+    assert pure.sum() == 6
+    assert 0.5 < np.median(t[~pure]) < 0.9 and (t[~pure] > 0).all() and (t[~pure] < 1).all()
+    assert abs(np.corrcoef(x[pure].ravel(), clean[pure].ravel())[0, 1]) < 0.1, "nothing of the clip is left in the noise"
+
+
+def test_what_the_conditions_are_worth(held_out):
+    """A fresh head of zeros makes nothing of them; random weights hear the change of each; other clips' words come by rolling."""
+    _, params = small_models(CONFIG)
+    params = params.denoiser
+    head = params["dit"]["head"]
+    silent = params | {"dit": params["dit"] | {"head": head | {"projection": jax.tree.map(jnp.zeros_like, head["projection"])}}}
+    for weights, differs in ((silent, False), (params, True)):
+        result = conditions.measure(CONFIG, weights, learnable_data(), batch=3)
+        assert set(result) == {"train", "held_out"}
+        for row in (row for rows in result.values() for row in rows.values()):
+            assert all((value != row["all"]) == differs for name, value in row.items() if name != "all"), row
+    changed = {name: change(held_out) for name, change in conditions.VARIANTS.items()}
+    assert changed["no text"].valid.tolist() == [1] * 5 and changed["other's text"].tokens[:, 0].tolist() == [10, 10, 11, 12, 13]
+    assert not changed["no audio"].keep_audio.any() and not changed["no reference"].reference.any()
 
 
 def test_causal_adaptation_wants_a_teacher():
