@@ -13,17 +13,39 @@ import jax
 import tyro
 
 from configs import preset
+from pikastream_jax.training.loop import NonFiniteError, run
 
-# name -> module:function. Imported when asked for, so that one stage's needs are not every stage's.
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A stage that can be asked for."""
+
+    build: str  # module:function; imported when asked for, so that one stage's needs are not every stage's
+    needs: tuple[str, ...] = ()  # names that --init must give
+    takes: tuple[str, ...] = ()  # names that --init may give: weights to start from, or for pictures
+
+    def check(self, stage: str, init: dict[str, Path]) -> None:
+        """Raises ValueError where `init` lacks what the stage needs, or holds what it would not look at."""
+        known = (*self.needs, *self.takes)
+        for name in self.needs:
+            if name not in init:
+                raise ValueError(f"{stage} needs --init {name}=PATH; it takes {', '.join(known)}")
+        for name in init:
+            if name not in known:
+                raise ValueError(f"{stage} takes no --init {name}; it takes {', '.join(known) or 'none'}")
+
+
 STAGES = {
-    "flash_vae_low_res": "pikastream_jax.training.flash_vae:build_low_res",
-    "flash_vae_streaming": "pikastream_jax.training.flash_vae:build_streaming",
-    "flash_vae_decoder": "pikastream_jax.training.flash_vae:build_decoder",
-    "audio_pretrain": "pikastream_jax.training.audio_pretrain:build",
-    "text_pretrain": "pikastream_jax.training.text_pretrain:build",
-    "dit_pretrain": "pikastream_jax.training.dit_pretrain:build",
-    "dit_causal": "pikastream_jax.training.dit_causal:build",
-    "face_estimator": "pikastream_jax.training.face_estimator:build",
+    "flash_vae_low_res": Entry("pikastream_jax.training.flash_vae:build_low_res", takes=("flash_vae",)),
+    "flash_vae_streaming": Entry("pikastream_jax.training.flash_vae:build_streaming", takes=("flash_vae",)),
+    "flash_vae_decoder": Entry("pikastream_jax.training.flash_vae:build_decoder", needs=("flash_vae",)),
+    "audio_pretrain": Entry("pikastream_jax.training.audio_pretrain:build"),
+    "text_pretrain": Entry("pikastream_jax.training.text_pretrain:build", needs=("clips",)),
+    "dit_pretrain": Entry(
+        "pikastream_jax.training.dit_pretrain:build", needs=("clips", "flash_vae"), takes=("denoiser", "audio", "text")
+    ),
+    "dit_causal": Entry("pikastream_jax.training.dit_causal:build", needs=("clips", "flash_vae", "denoiser")),
+    "face_estimator": Entry("pikastream_jax.training.face_estimator:build"),
 }
 
 
@@ -58,16 +80,21 @@ def main() -> int:
     ):  # not set by JAX_COMPILATION_CACHE_DIR: a resumed run starts sooner
         jax.config.update("jax_compilation_cache_dir", str(Path(__file__).resolve().parent / ".cache" / "jax"))
     try:
+        if arguments.cpu_devices < 1:
+            raise ValueError(f"--cpu-devices {arguments.cpu_devices} must be at least 1")
+        if arguments.cpu_devices > 1:
+            jax.config.update("jax_num_cpu_devices", arguments.cpu_devices)
         if arguments.stage not in STAGES:
             raise ValueError(f"unknown stage {arguments.stage!r}: choose one of {', '.join(STAGES)}")
-        from pikastream_jax.training.loop import NonFiniteError, run
-
-        module, function = STAGES[arguments.stage].split(":")
+        entry = STAGES[arguments.stage]
+        init = parse_init(arguments.init)
+        entry.check(arguments.stage, init)
+        module, function = entry.build.split(":")
         build = getattr(importlib.import_module(module), function)
         if arguments.updates is not None and arguments.updates < 1:
             raise ValueError(f"--updates {arguments.updates} must be at least 1")
         length = {} if arguments.updates is None else {"updates": arguments.updates}
-        stage = build(preset(arguments.config), arguments.seed, parse_init(arguments.init), **length)
+        stage = build(preset(arguments.config), arguments.seed, init, **length)
         try:
             run(stage, arguments.out, minutes=arguments.minutes, steps=arguments.steps)
         except NonFiniteError as error:

@@ -147,6 +147,13 @@ CANONICAL: dict[str, dict[str, str]] = {
 }
 
 
+def phrases() -> list[str]:
+    """Everything that captions are put together from: the vocabulary of any number of them is the same."""
+    said = [phrase for values in _WORDS.values() for wordings in values.values() for phrase in wordings]
+    subjects = [subject for wordings in _SUBJECTS.values() for subject in wordings]
+    return [*said, *subjects, *(frame.format(s="", a="") for frame in _FRAMES), "and"]
+
+
 def attributes_of(style: Style) -> dict[str, str]:
     """The value of each attribute that comes closest to ``style`` (scalar leaves)."""
     numbers = {field.name: float(getattr(style, field.name)) for field in fields(Style)}

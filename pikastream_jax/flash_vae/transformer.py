@@ -28,7 +28,7 @@ class KVCache:
 
     def ring_valid(self, tokens: int) -> Int[Array, "b"]:
         """Slots that hold a key."""
-        return jnp.minimum(self.count * tokens, self.k.shape[2])
+        return jnp.minimum(self.count, self.k.shape[2] // tokens) * tokens  # in this order: a long stream's count times tokens would overflow
 
 
 class CausalTransformer(nnx.Module):

@@ -56,7 +56,7 @@ def drift(
     Returns:
       `minutes`: see `Minute`. `colour_background` and `colour_skin`: Lab distance of each minute from the first, the
       largest; `colour_..._first_minute`: the scatter within the first minute. `identity_change`: largest increase of the
-      distance from the reference over the first minute's; `identity_first_minute`: its scatter. `rss_growth_mb`: last
+      distance from the reference over the first minute's; `identity_first_minute`: its scatter. `rss_growth_mb`: largest
       minute over first. `chunk_time_ratio`: slowest minute over the first. `frames_per_second`: of generation alone.
 
     Raises:
@@ -97,7 +97,7 @@ def drift(
         "colour_skin_first_minute": first.skin_scatter,
         "identity_change": _largest([m.identity_distance - first.identity_distance for m in done]),
         "identity_first_minute": first.identity_scatter,
-        "rss_growth_mb": done[-1].rss_mb - first.rss_mb,
+        "rss_growth_mb": _largest([m.rss_mb - first.rss_mb for m in done]),
         "chunk_time_ratio": _largest([m.chunk_ms / first.chunk_ms for m in done]),
         "frames_per_second": float(len(frames) / np.mean([m.chunk_ms for m in done]) * 1e3),
         "video_seconds": index * len(frames) / FPS,

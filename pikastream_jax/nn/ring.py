@@ -16,12 +16,12 @@ def ring_ages(count: Int[Array, "b"], slots: int) -> Int[Array, "b s"]:
 
 
 def ring_write(
-    ring: Float[Array, "b s *x"], rows: Float[Array, "b n *x"], count: Int[Array, "b"], frames: int, tokens: int, first_slot: int = 0
+    ring: Float[Array, "b s *x"], rows: Float[Array, "b n *x"], count: Int[Array, "b"], frames: int, tokens: int
 ) -> Float[Array, "b s *x"]:
     """Writes whole frames of new rows over the oldest.
 
     Args:
-      ring: rows [first_slot, first_slot + frames * tokens) are the ring; rows before it are left alone.
+      ring: frames * tokens rows.
       rows: new rows, a number of frames that divides `frames`, so that they never straddle the ring's end.
       count: frames written before, a multiple of the new frames.
       frames: frames that the ring holds.
@@ -29,7 +29,7 @@ def ring_write(
     """
 
     def write(ring, rows, count):
-        start = (first_slot + count % frames * tokens,) + (0,) * (ring.ndim - 1)
+        start = (count % frames * tokens,) + (0,) * (ring.ndim - 1)
         return jax.lax.dynamic_update_slice(ring, rows.astype(ring.dtype), start)
 
     return jax.vmap(write)(ring, rows, count)

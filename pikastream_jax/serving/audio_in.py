@@ -18,9 +18,19 @@ from pikastream_jax.serving.wav import PcmFormat, read_wav_header
 BLOCK = 8192  # samples read at a time from a file
 SILENCE = 1e-4  # peak (-80 dBFS) below which a recording is called silent
 MIN_RATE, MAX_RATE = 4_000, 768_000  # Hz
-# What a file starts with, for a pipe that carries one by mistake. (MP3 without tags is left out: its sync word is
+# (offset, bytes) that a file starts with, for a pipe that carries one by mistake. (MP3 without tags is left out: its sync word is
 # also a plain 16-bit sample.)
-_NOT_PCM = {b"fLaC": "FLAC", b"OggS": "Ogg", b"ID3": "MP3", b"\x1aE\xdf\xa3": "Matroska", b"\x89PNG": "PNG"}
+_NOT_PCM = {
+    (0, b"fLaC"): "FLAC",
+    (0, b"OggS"): "Ogg",
+    (0, b"ID3"): "MP3",
+    (0, b"FORM"): "AIFF",
+    (0, b"RF64"): "RF64",
+    (0, b"RIFX"): "big-endian WAV",
+    (0, b"\x1aE\xdf\xa3"): "Matroska",
+    (0, b"\x89PNG"): "PNG",
+    (4, b"ftyp"): "MP4 or M4A",
+}
 
 
 @runtime_checkable
@@ -127,6 +137,12 @@ class PcmStream:
                 return
 
 
+def check_stdin() -> None:
+    """Raises ServeError where standard input cannot carry sound."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise ServeError("standard input is a terminal: pipe WAV or raw 16-bit PCM into it, or give --audio FILE")
+
+
 def open_audio(path: str, raw_rate: int) -> AudioSource:
     """The sound at `path`; `-` is standard input, and a named pipe is read like it.
 
@@ -137,8 +153,7 @@ def open_audio(path: str, raw_rate: int) -> AudioSource:
       ServeError: there is nothing to read or it is not sound.
     """
     if path == "-":
-        if sys.stdin is None or sys.stdin.isatty():
-            raise ServeError("standard input is a terminal: pipe WAV or raw 16-bit PCM into it, or give --audio FILE")
+        check_stdin()
         descriptor = sys.stdin.fileno()  # not sys.stdin.buffer: a thread waiting in it would block the way out
         return open_pcm_stream(lambda count: os.read(descriptor, count), "standard input", raw_rate)
     try:
@@ -202,13 +217,13 @@ def open_pcm_stream(read: Callable[[int], bytes], name: str, raw_rate: int) -> P
             data += more
         return data
 
-    head = exactly(4)
+    head = exactly(8)
     if not head:
         raise ServeError(f"{name} ended before any audio came")
-    for magic, kind in _NOT_PCM.items():
-        if head.startswith(magic):
+    for (offset, magic), kind in _NOT_PCM.items():
+        if head.startswith(magic, offset):
             raise ServeError(f"{name} carries {kind}; a pipe may carry WAV or raw 16-bit PCM only: give it as a file")
-    if head != b"RIFF":
+    if head[:4] != b"RIFF":
         return _checked(PcmStream(name, PcmFormat(raw_rate, 1, 16), read, head))
     rest = iter([head])
     pcm = read_wav_header(lambda count: (got := next(rest, b"")) + exactly(count - len(got)), name)

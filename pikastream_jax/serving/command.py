@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tyro
 
-from pikastream_jax.serving.audio_in import MAX_RATE, MIN_RATE, SILENCE, open_audio, scan
+from pikastream_jax.serving.audio_in import MAX_RATE, MIN_RATE, SILENCE, check_stdin, open_audio, scan
 from pikastream_jax.serving.chunks import output_channels
 from pikastream_jax.serving.encode import MediaFormat
 from pikastream_jax.serving.errors import ServeError
@@ -144,9 +144,11 @@ def serve(options: Options, load_generator: Callable[..., Generator] | None = No
     """
     destination = _check_output(options)
     picture = options.image if options.image is not None else avatar_path(options.avatar)
-    load_image(picture)  # complain now rather than after loading the model
+    image = load_image(picture)  # complain now rather than after loading the model
     source = total = None
-    if options.audio != "-":
+    if options.audio == "-":
+        check_stdin()
+    else:
         source = open_audio(options.audio, options.audio_rate)
     if source is not None and not source.live:
         found = scan(source)
@@ -162,7 +164,7 @@ def serve(options: Options, load_generator: Callable[..., Generator] | None = No
         generator = load_generator(weights=options.weights)
     except (OSError, ValueError) as error:
         raise ServeError(f"cannot load the model: {' '.join(str(error).split())}") from error
-    session = generator.session(reference_pixels(picture, generator.size), options.prompt, options.seed)
+    session = generator.session(reference_pixels(image, generator.size), options.prompt, options.seed)
     meter.startup_seconds = time.perf_counter() - began
     meter.reconstruction_psnr = session.reconstruction_psnr
     if session.reconstruction_psnr < generator.psnr_warning:
@@ -180,6 +182,8 @@ def serve(options: Options, load_generator: Callable[..., Generator] | None = No
     output = _open_output(options, destination, media)
     try:
         Pipeline(source, generator, session, output, media, meter, progress, realtime).run()
+        if meter.end == "finished" and not meter.frames:
+            raise ServeError(f"{source.name} ended before there was sound for a frame; nothing was written")
     finally:
         output.discard()
     return _conclude(options, meter)
@@ -187,6 +191,12 @@ def serve(options: Options, load_generator: Callable[..., Generator] | None = No
 
 def _check_output(options: Options):
     """Complains early; returns the destination of an RTP stream."""
+    written = [options.metrics, options.sdp if options.over_rtp else None if options.output == "-" else Path(options.output)]
+    for path in filter(None, written):
+        for name in ("audio", "image", "weights"):
+            with contextlib.suppress(OSError):
+                if (read := getattr(options, name)) not in (None, "-") and path.samefile(read):
+                    raise ServeError(f"{path} would replace the {name} that the stream is made from; give another name")
     if options.metrics is not None:
         check_writable(options.metrics)
     if options.over_rtp:
@@ -196,9 +206,6 @@ def _check_output(options: Options):
         check_stdout()
     else:
         check_file(Path(options.output))
-        with contextlib.suppress(OSError):
-            if options.audio != "-" and Path(options.output).samefile(options.audio):
-                raise ServeError(f"output {options.output} would replace the audio it is made from; give another name")
     return None
 
 

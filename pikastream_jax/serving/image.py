@@ -79,13 +79,9 @@ def load_image(path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def reference_pixels(path: Path, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """The middle square of the picture at `path`, resized to `size` x `size`.
-
-    Raises:
-      ServeError: as `load_image`.
-    """
-    return np.asarray(ImageOps.fit(load_image(path), (size, size), Image.Resampling.LANCZOS), np.uint8)
+def reference_pixels(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """The middle square of an RGB picture, resized to `size` x `size`."""
+    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS), np.uint8)
 
 
 def _gallery():

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from pikastream_jax.serving.outputs import write_whole
+
 PACKAGES = ("pikastream-jax", "jax", "jaxlib", "flax", "numpy", "av", "soundfile", "Pillow")
 
 
@@ -74,9 +76,7 @@ class Meter:
 
     def write(self, path: Path) -> None:
         """The report as a JSON file, whole or not at all. Raises OSError."""
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        part.write_text(json.dumps(self.report(), indent=2) + "\n")
-        os.replace(part, path)
+        write_whole(path, json.dumps(self.report(), indent=2) + "\n")
 
 
 class Progress:

@@ -133,6 +133,17 @@ def check_writable(path: Path) -> None:
         raise ServeError(f"cannot write {path}: permission denied; choose another place")
 
 
+def write_whole(path: Path, text: str) -> None:
+    """A text file, line ends as given, whole or not at all. Raises OSError."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, newline="")
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
 def check_stdout() -> None:
     """Raises ServeError where standard output is a terminal, which a video would only garble."""
     if sys.stdout is None or sys.stdout.isatty():

@@ -26,6 +26,7 @@ from pikastream_jax.serving.outputs import Output
 from pikastream_jax.serving.queues import BoundedQueue, Cancelled
 from pikastream_jax.serving.timeline import frame_count, output_frames
 
+SEND_GRACE = 1.0  # seconds that a packet under way may take after a second Ctrl-C; a reader that has stopped reading would take for ever
 QUEUE_CHUNKS = 2  # one being read and one ready hides the jitter of a stage; more would only add latency
 
 
@@ -114,15 +115,25 @@ class Pipeline:
             self._fail(error)
         for stage in (self._generate, self._encode):  # not the reader: it may wait for sound that never comes
             ended[stage].wait()
+        ended[self._send].wait(SEND_GRACE)  # after a second Ctrl-C: nobody may close the output while it is written to
         self._meter.ended_at = time.perf_counter()
         self._progress.close()
+        if self._failure is None and self._meter.frames:
+            self._close_output()
         failure = self._failure
         if isinstance(failure, ReaderClosed):
             self._meter.end = "reader closed"
         elif failure is not None:
             raise failure
-        elif self._meter.frames:
-            self._output.close()
+
+    def _close_output(self) -> None:
+        """Closes the output; one Ctrl-C does not spoil a stream that is complete."""
+        closed = threading.Event()
+        threading.Thread(target=self._guard, args=(self._output.close, closed), daemon=True).start()
+        try:
+            closed.wait()
+        except KeyboardInterrupt:
+            closed.wait()
 
     def _stop(self) -> None:
         """No further sound; what the model has begun is still finished and sent."""
@@ -194,6 +205,8 @@ class Pipeline:
         first_at = None
         for encoded in self._packets:
             for packet in encoded.packets:
+                if self._failure is not None:
+                    return
                 if first_at is None:
                     first_at = time.perf_counter()
                 if self._realtime:

@@ -7,7 +7,6 @@ sender reports, which tie both RTP clocks to one wall clock.
 import base64
 import dataclasses
 import ipaddress
-import os
 import socket
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ import av
 
 from pikastream_jax.serving.encode import MediaFormat, add_audio, add_video
 from pikastream_jax.serving.errors import ServeError
+from pikastream_jax.serving.outputs import write_whole
 
 _PACKET_BYTES = 1200  # below any usual MTU, tunnels included
 _VIDEO_TYPE, _AUDIO_TYPE = 96, 97  # dynamic RTP payload types
@@ -111,9 +111,7 @@ class RtpOutput:
                 container.start_encoding()
             sets = _parameter_sets(self.video.codec_context.extradata)
             text = session_description(destination, media, sets, sets[0][1:4].hex())
-            part = sdp.with_name(f".{sdp.name}.{os.getpid()}.part")
-            part.write_text(text, newline="")
-            os.replace(part, sdp)
+            write_whole(sdp, text)
         except (OSError, av.FFmpegError) as error:
             self._close_containers()
             raise ServeError(f"cannot send to {destination.url(0)}: {error.strerror or error}") from error

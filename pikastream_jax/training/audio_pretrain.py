@@ -52,13 +52,7 @@ class LipReadout(nnx.Module):
 
 
 def build(config: Config, seed: int, init: dict[str, Path], updates: int = 1_500) -> Stage:
-    """The stage `audio_pretrain`; it starts from nothing.
-
-    Raises:
-      ValueError: `init` is not empty.
-    """
-    if init:
-        raise ValueError(f"audio_pretrain starts from nothing: leave out --init {', '.join(init)}")
+    """The stage `audio_pretrain`; it starts from nothing."""
     settings = AudioPretrainConfig()
 
     def build_model(rngs):

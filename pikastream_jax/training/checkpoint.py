@@ -1,11 +1,18 @@
-"""Checkpoints of a run, through orbax: the last two, each whole or absent. And weights for the stage that follows."""
+"""Checkpoints of a run, through orbax: the last two, each whole or absent. And weights for the stage that follows.
 
+`python -m pikastream_jax.training.checkpoint --run runs/dit --out dit.safetensors` keeps a run's averaged weights alone, a third of
+its checkpoint, to carry them to another machine.
+"""
+
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
+import tyro
 
 from pikastream_jax.weights import safetensors_io
 
@@ -20,13 +27,15 @@ class Checkpoints:
     given version beyond the names, and a misfit can be reported by name.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], keep: int = 2):
+    def __init__(self, directory: str | os.PathLike[str], keep: int = 2, write: bool = True):
+        """write: False only reads, and leaves alone what another process may be saving there."""
         self.directory = Path(directory).absolute()  # orbax refuses relative paths
-        self.directory.mkdir(parents=True, exist_ok=True)
+        if write:
+            self.directory.mkdir(parents=True, exist_ok=True)
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,  # what a killed save left behind
+            cleanup_tmp_directories=write,  # what a killed save left behind
         )
 
     @property
@@ -43,7 +52,7 @@ class Checkpoints:
         return self._checkpointer.checkpointables_metadata(step).custom_metadata
 
     def restore(self, step: int, like: Any) -> Any:
-        """Reads the state of `step` into the structure of `like`, on this process's first device.
+        """Reads the state of `step` into the structure of `like`, in host memory.
 
         Args:
           step: a saved step.
@@ -67,15 +76,15 @@ class Checkpoints:
                 "Use the configuration it was made with, or another run folder."
             )
         abstract = {name: _here(leaf) for name, leaf in wanted.items()}
-        loaded = self._checkpointer.load_checkpointables(step, {_STATE: abstract})[_STATE]
+        loaded = jax.device_get(self._checkpointer.load_checkpointables(step, {_STATE: abstract})[_STATE])
         return jax.tree.unflatten(jax.tree.structure(like), [loaded[name] for name in wanted])
 
     def ema(self, step: int) -> safetensors_io.Params:
-        """The averaged parameters of `step` as a nested dict, on this process's first device."""
+        """The averaged parameters of `step` as a nested dict, in host memory."""
         stored = self._checkpointer.checkpointables_metadata(step).metadata[_STATE]
         # ... stands for a leaf to leave on the disk.
         abstract = {name: _here(leaf) if name.startswith("ema.") else ... for name, leaf in stored.items()}
-        loaded = self._checkpointer.load_checkpointables(step, {_STATE: abstract})[_STATE]
+        loaded = jax.device_get(self._checkpointer.load_checkpointables(step, {_STATE: abstract})[_STATE])
         return safetensors_io.unflatten(
             {name.removeprefix("ema."): leaf for name, leaf in loaded.items() if leaf is not ...}
         )
@@ -105,7 +114,7 @@ def load_weights(path: str | os.PathLike[str]) -> safetensors_io.Params:
         return safetensors_io.load(path)[0]
     if not (path / CHECKPOINTS).is_dir():
         raise FileNotFoundError(f"{path} is not a run folder: it has no {CHECKPOINTS}/")
-    checkpoints = Checkpoints(path / CHECKPOINTS)
+    checkpoints = Checkpoints(path / CHECKPOINTS, write=False)
     try:
         if checkpoints.latest_step is None:
             raise FileNotFoundError(f"{path} has no checkpoint yet: train it first")
@@ -124,3 +133,23 @@ def _here(leaf: Any) -> jax.ShapeDtypeStruct:
     """How to load a leaf: on this process's first device, wherever the run that saved it had it."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Keep the averaged weights of a run's newest checkpoint, to start another run from: --init NAME=FILE."""
+
+    run: Path
+    """Folder of the run."""
+    out: Path
+    """File to write, .safetensors, float32."""
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments)
+    safetensors_io.save(arguments.out, load_weights(arguments.run), dtype=jnp.float32)
+    print(f"{arguments.out}: {arguments.out.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

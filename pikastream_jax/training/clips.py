@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from configs import preset
 from pikastream_jax.config import Config
-from pikastream_jax.data.captions import caption_batch
+from pikastream_jax.data.captions import caption_batch, phrases
 from pikastream_jax.data.corpus import Corpus, load_corpus, window
 from pikastream_jax.data.face import FaceState, Identity, eyes_box, mouth_box, render, sample_identity
 from pikastream_jax.data.motion import Style, style_motion
@@ -159,7 +159,7 @@ def main() -> None:
     for split, count, seed in (("train", arguments.count, arguments.seed), ("held_out", HELD_OUT_CLIPS, arguments.seed + 777_777)):
         starts = corpus.starts(split, length, config.audio.mel_frames)
         parts[split], captions[split] = make_clips(config, model, params, corpus, starts, count, length, seed)
-    tokenizer = Tokenizer.learn(captions["train"], config.text.vocabulary, config.text.length)
+    tokenizer = Tokenizer.learn(phrases(), config.text.vocabulary, config.text.length)
     statistics = measure_statistics(parts["train"]["latents"].reshape(-1, config.flash_vae.latent_channels))
     tensors = {"statistics.mean": np.asarray(statistics.mean), "statistics.std": np.asarray(statistics.std)}
     for split, arrays in parts.items():

@@ -109,8 +109,6 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 500) 
     optimiser = make_optimiser(model.abstract, settings.optimiser, updates)
 
     def initial_state() -> TrainState:
-        if "denoiser" not in init:
-            raise ValueError("dit_causal starts from a trained teacher: give --init denoiser=RUN_OR_FILE")
         params = restore_into(model.abstract, load_weights(init["denoiser"]))
         return TrainState.start(params, optimiser)
 

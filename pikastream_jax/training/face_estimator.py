@@ -104,12 +104,10 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 1_500
     """The stage `face_estimator`. It depends on no preset and takes no weights.
 
     Raises:
-      ValueError: the preset's pictures are not 256x256, or `init` is not empty.
+      ValueError: the preset's pictures are not 256x256.
     """
     if (config.stream.height, config.stream.width) != (SIZE, SIZE):
         raise ValueError(f"face_estimator reads {SIZE}x{SIZE}, preset {config.name} makes another size: use tiny")
-    if init:
-        raise ValueError(f"face_estimator starts from nothing: leave out --init {', '.join(init)}")
     build_model = lambda rngs: FaceEstimator(rngs=rngs)  # noqa: E731
     model = functional(build_model)
     optimiser = make_optimiser(model.abstract, OPTIMISER, updates)

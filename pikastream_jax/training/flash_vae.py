@@ -185,11 +185,8 @@ def build_streaming(config: Config, seed: int, init: dict[str, Path], updates: i
 def build_decoder(config: Config, seed: int, init: dict[str, Path], updates: int = 1_500) -> Stage:
     """The decoder alone, on halves of the picture: latents stay as they are, so clips and DiT stay valid while pictures improve.
 
-    Raises:
-      ValueError: `init` names no `flash_vae`: an untrained encoder would never be trained.
+    `init` names the `flash_vae` whose encoder is kept.
     """
-    if "flash_vae" not in init:
-        raise ValueError("flash_vae_decoder keeps a trained encoder: give --init flash_vae=RUN_OR_FILE")
     stage = VAEStageConfig(
         batch=6,
         latent_frames=3,

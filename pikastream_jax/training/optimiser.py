@@ -140,14 +140,18 @@ def _in_stacks(inner: optax.GradientTransformation) -> optax.GradientTransformat
     """`inner` over hidden matrices stacked by shape, every stack split over the devices.
 
     Orthogonalising is a fifth to two fifths of an update's time at this project's sizes, and would be done in full on every device.
-    Stacks divide over the devices where single matrices don't, and are fewer, larger products.
+    Stacks divide over the devices where single matrices don't, and are fewer, larger products. Zeros fill them up to a multiple of the
+    devices within an update only, so that a checkpoint does not depend on how many there were.
     """
 
     def init(params):
         return inner.init(_stack(params))
 
     def update(updates, state, params=None):
-        stacked, state = inner.update(_stack(updates), state, None if params is None else _stack(params))
+        stacked, filled = inner.update(
+            _split(_stack(updates)), _split(state), None if params is None else _split(_stack(params))
+        )
+        state = jax.tree.map(lambda new, old: new[tuple(slice(size) for size in old.shape)], filled, state)
         return _unstack(stacked, updates), state
 
     return optax.GradientTransformation(init, update)
@@ -164,15 +168,24 @@ def _groups(tree: PyTree[Array]) -> dict[str, list[int]]:
 
 
 def _stack(tree: PyTree[Array]) -> dict[str, dict[Any, Array]]:
-    """{"hidden": {shape: [matrices, in, out]}, "other": {number of the leaf: leaf}}; zeros fill stacks up to a multiple of the devices."""
+    """{"hidden": {shape: [matrices, in, out]}, "other": {number of the leaf: leaf}}"""
     leaves, groups = jax.tree.leaves(tree), _groups(tree)
     hidden = {}
     for shape, members in groups.items():
-        stack = jnp.concatenate([leaves[index].reshape(-1, *leaves[index].shape[-2:]) for index in members])
-        missing = -len(stack) % len(jax.devices())
-        hidden[shape] = split_batch(jnp.pad(stack, ((0, missing), (0, 0), (0, 0))))
+        hidden[shape] = jnp.concatenate([leaves[index].reshape(-1, *leaves[index].shape[-2:]) for index in members])
     taken = {index for members in groups.values() for index in members}
     return {"hidden": hidden, "other": {index: leaf for index, leaf in enumerate(leaves) if index not in taken}}
+
+
+def _split(tree: PyTree[Array]) -> PyTree[Array]:
+    """Every stack of hidden matrices in the tree filled up to a multiple of the devices and split over them."""
+
+    def split(path, leaf):
+        if not any(getattr(entry, "key", None) == "hidden" for entry in path):
+            return leaf
+        return split_batch(jnp.pad(leaf, ((0, -len(leaf) % len(jax.devices())), (0, 0), (0, 0))))
+
+    return jax.tree_util.tree_map_with_path(split, tree)
 
 
 def _unstack(stacked: dict[str, dict[Any, Array]], like: PyTree[Array]) -> PyTree[Array]:

@@ -1,5 +1,7 @@
 """Captions say what the style does."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -98,3 +100,9 @@ def test_unknown_words_are_refused():
         captions.caption(rng, {}, "dog")
     with pytest.raises(ValueError, match="n=0"):
         captions.caption_batch(0, 0)
+
+
+def test_phrases_hold_every_word_of_every_caption():
+    words, _ = captions.caption_batch(3, 500)
+    known = set(re.findall("[a-z]+", " ".join(captions.phrases()).lower()))
+    assert set(re.findall("[a-z]+", " ".join(words).lower())) <= known

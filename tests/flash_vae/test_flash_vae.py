@@ -1,5 +1,7 @@
 """FlashVAE: streaming equals the clip, at any length, with a cache that never grows."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,3 +72,13 @@ def test_wrong_sizes_are_named(vae):
         model.bind(params).encode(jnp.zeros((1, 5, 48, 32, 3)))
     with pytest.raises(ValueError, match="50x32 pixels is not a multiple of 8"):
         model.bind(params).encode(jnp.zeros((1, 4, 50, 32, 3)))
+
+
+def test_the_window_stays_full_for_ever(vae):
+    """A count whose tokens no longer fit into 32 bits."""
+    config, model, params = vae
+    rows, columns = config.latent_grid
+    cache = model.bind(params).init_decode_cache(1, rows, columns)
+    full = cache.k.shape[2]
+    for count in (2 * full, 2**31 - 1):
+        assert dataclasses.replace(cache, count=jnp.array([count])).ring_valid(rows * columns).tolist() == [full]

@@ -188,6 +188,9 @@ def test_bad_files_are_refused_in_one_line(tmp_path, kind):
     [
         (b"", "before any audio"),
         (b"fLaC" + bytes(100), "carries FLAC"),
+        (b"\0\0\0\x20ftypM4A " + bytes(100), "carries MP4 or M4A"),
+        (b"FORM" + bytes(4) + b"AIFF" + bytes(100), "carries AIFF"),
+        (b"RF64" + bytes(100), "carries RF64"),
         (b"RIFF" + bytes(4) + b"AVI " + bytes(100), "not a WAV"),
         (b"RIFF" + bytes(4) + b"WAVEfmt ", "truncated"),
     ],

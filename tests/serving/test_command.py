@@ -112,12 +112,16 @@ def test_the_gallery(folder, monkeypatch, arguments, shown):
     assert seen == [(["bob", "alice"].index(shown), "a man smiling", 7)]
 
 
-def test_output_does_not_replace_its_own_audio(folder, capsys):
+@pytest.mark.parametrize("option", ["--output", "--metrics"])
+@pytest.mark.parametrize("name", ["speech", "face"])
+def test_nothing_is_written_over_what_the_stream_is_made_from(folder, capsys, option, name):
     (folder / "speech.wav").rename(folder / "speech.mp4")
-    before = (folder / "speech.mp4").read_bytes()
-    assert run(folder, "--audio", folder / "speech.mp4", "--output", folder / "speech.mp4") == 1
-    assert "would replace" in capsys.readouterr().err
-    assert (folder / "speech.mp4").read_bytes() == before
+    (folder / "face.png").rename(folder / "face.mp4")
+    before = (folder / f"{name}.mp4").read_bytes()
+    inputs = ("--audio", folder / "speech.mp4", "--image", folder / "face.mp4")
+    assert run(folder, *inputs, option, folder / f"{name}.mp4") == 1
+    assert f"would replace the {'audio' if name == 'speech' else 'image'}" in capsys.readouterr().err
+    assert (folder / f"{name}.mp4").read_bytes() == before
 
 
 def test_defaults_and_help(capsys):

@@ -26,7 +26,7 @@ def test_the_middle_square_is_used(tmp_path):
     pixels = np.zeros((100, 300, 3), np.uint8)
     pixels[:, 100:200] = (10, 200, 30)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    got = reference_pixels(tmp_path / "a.png", 256)
+    got = reference_pixels(load_image(tmp_path / "a.png"), 256)
     assert got.shape == (256, 256, 3) and got.dtype == np.uint8
     np.testing.assert_array_equal(got[9:-9, 9:-9], np.broadcast_to([10, 200, 30], (238, 238, 3)))
 
@@ -34,7 +34,7 @@ def test_the_middle_square_is_used(tmp_path):
 def test_a_square_of_the_right_size_is_not_touched(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(reference_pixels(tmp_path / "a.png", 256), pixels)
+    np.testing.assert_array_equal(reference_pixels(load_image(tmp_path / "a.png"), 256), pixels)
 
 
 def test_exif_rotation_is_applied(tmp_path):
@@ -42,14 +42,14 @@ def test_exif_rotation_is_applied(tmp_path):
     exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
     red, blue = (200, 0, 0), (0, 0, 200)
     halves(tmp_path / "a.png", [red, blue], size=(128, 128), exif=exif)
-    got = reference_pixels(tmp_path / "a.png", 128)
+    got = reference_pixels(load_image(tmp_path / "a.png"), 128)
     np.testing.assert_array_equal(got[10, 64], red)  # left becomes top
     np.testing.assert_array_equal(got[-10, 64], blue)
 
 
 def test_transparency_shows_neutral_grey(tmp_path):
     halves(tmp_path / "a.png", [(200, 100, 0, 255), (200, 100, 0, 0)], size=(128, 128))
-    got = reference_pixels(tmp_path / "a.png", 128)
+    got = reference_pixels(load_image(tmp_path / "a.png"), 128)
     np.testing.assert_array_equal(got[64, 10], (200, 100, 0))
     np.testing.assert_array_equal(got[64, -10], (128, 128, 128))
 
@@ -62,7 +62,7 @@ def test_other_colour_models_become_rgb(tmp_path, mode):
         Image.fromarray(np.tile(ramp, (128, 1))).save(path)
     else:
         write_face(path, (128, 128), mode)
-    got = reference_pixels(path, 128).astype(int)
+    got = reference_pixels(load_image(path), 128).astype(int)
     assert got.shape == (128, 128, 3)
     assert got[-1, -1].mean() > 250 and got[0, 0].mean() < 5  # bright corner and dark corner are still that
 

@@ -1,5 +1,6 @@
 """Whole streams, with a generator whose brightness is the loudness: what is written is decoded again and measured."""
 
+import _thread
 import json
 import threading
 import time
@@ -172,6 +173,19 @@ def test_a_failing_model_leaves_nothing_behind(tmp_path):
     with pytest.raises(ZeroDivisionError):  # a fault of the program is not dressed up as bad input
         run(tmp_path, tmp_path / "out.mp4", generator=Broken(), seconds=3.0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["face.png", "speech.wav"]
+
+
+def test_one_ctrl_c_does_not_spoil_a_stream_that_is_being_closed(tmp_path, monkeypatch):
+    close = FileOutput.close
+
+    def slow_close(self):
+        threading.Timer(0.1, _thread.interrupt_main).start()
+        time.sleep(0.5)
+        close(self)
+
+    monkeypatch.setattr(FileOutput, "close", slow_close)
+    assert run(tmp_path, tmp_path / "out.mp4", seconds=1.0) == 0
+    assert len(play(tmp_path / "out.mp4").frames) == 25
 
 
 def test_an_existing_file_is_replaced_only_by_a_whole_one(tmp_path):

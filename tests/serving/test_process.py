@@ -1,6 +1,7 @@
 """serve.py as a process: pipes, signals, imports."""
 
 import contextlib
+import io
 import os
 import select
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from media import clicks, play, write_clicks, write_face
 
 HERE = Path(__file__).parent
@@ -151,11 +153,26 @@ def test_terminals_are_refused(face):
         os.close(follower)
 
 
-def test_an_ended_pipe_is_one_line(face):
-    process = start("--audio", "-", "--image", face, stdin=subprocess.DEVNULL)
-    out, err = process.communicate(timeout=30)
+def wav(seconds) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, clicks(seconds, 16_000), 16_000, format="WAV")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"", "standard input ended before any audio came"),
+        (b"\0", "standard input ended before there was sound for a frame; nothing was written"),
+        (wav(0.0), "standard input ended before there was sound for a frame; nothing was written"),
+    ],
+)
+def test_a_pipe_without_sound_is_one_line(tmp_path, face, data, message):
+    process = start("--audio", "-", "--image", face, "--output", tmp_path / "out.mp4", stdin=subprocess.PIPE)
+    out, err = process.communicate(data, timeout=30)
     assert process.returncode == 1 and out == b""
-    assert err.decode().strip() == "error: standard input ended before any audio came"
+    assert err.decode().strip().splitlines()[-1] == f"error: {message}"
+    assert not (tmp_path / "out.mp4").exists()
 
 
 def test_serving_imports_neither_the_renderer_nor_training():

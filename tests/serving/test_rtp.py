@@ -1,5 +1,7 @@
 import base64
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from fractions import Fraction
@@ -60,6 +62,35 @@ def test_a_player_opens_the_sdp_and_sees_both_in_sync(tmp_path):
     assert len(played.flashes) >= 2
     nearest = [min(played.clicks, key=lambda click: abs(click - flash)) for flash in played.flashes]
     np.testing.assert_allclose(nearest, played.flashes, atol=0.02)
+
+
+@pytest.mark.skipif(shutil.which("gst-launch-1.0") is None, reason="GStreamer is not installed")
+def test_gstreamer_opens_the_sdp_and_decodes_both(tmp_path):
+    """sdpdemux takes what the file says; nothing is told it on the command line but the file."""
+    write_clicks(tmp_path / "speech.wav", 5.0)
+    write_face(tmp_path / "face.png")
+    sdp, frames, sound = (tmp_path / name for name in ("stream.sdp", "frames.raw", "sound.raw"))
+
+    def receive():
+        while not sdp.exists():
+            time.sleep(0.01)
+        pipeline = (
+            f"filesrc location={sdp} ! sdpdemux name=d latency=100 "
+            f"d. ! queue ! application/x-rtp,media=video ! rtph264depay ! avdec_h264 ! videoconvert ! video/x-raw,format=RGB ! filesink location={frames} "
+            f"d. ! queue ! application/x-rtp,media=audio ! rtpopusdepay ! opusdec ! audioconvert ! audio/x-raw,format=S16LE ! filesink location={sound}"
+        )
+        subprocess.run(["timeout", "--signal=INT", "9", "gst-launch-1.0", "-q", "-e", *pipeline.split()], check=False)
+
+    receiver = threading.Thread(target=receive, daemon=True)
+    receiver.start()
+    argv = ["--audio", str(tmp_path / "speech.wav"), "--image", str(tmp_path / "face.png"), "--sdp", str(sdp)]
+    assert main([*argv, "--output", f"rtp://127.0.0.1:{free_port()}"], lambda weights=None: FakeGenerator()) == 0
+    receiver.join(20)
+    pictures = np.fromfile(frames, np.uint8).reshape(-1, 256, 256, 3)
+    assert len(pictures) >= 50  # it joins with a key frame
+    assert sum(picture[100:150, 100:150].mean() > 128 for picture in pictures) >= 2, "the flashes are seen"
+    samples = np.fromfile(sound, np.int16)
+    assert len(samples) > 2 * 48_000 and np.abs(samples).max() > 8_000, "the clicks are heard"
 
 
 def test_the_sdp_describes_what_is_sent(tmp_path):

@@ -49,8 +49,3 @@ def test_it_hears_what_can_be_heard_and_the_dit_starts_from_it(corpus_file, tmp_
     jax.tree.map(np.testing.assert_array_equal, started, load_weights(tmp_path / "run")["audio"])
     untrained = dit_pretrain.build(CONFIG, 0, {}, updates=100).init().params["audio"]
     assert any(jnp.abs(a - b).max() > 0.01 for a, b in zip(jax.tree.leaves(started), jax.tree.leaves(untrained), strict=True))
-
-
-def test_it_starts_from_nothing():
-    with pytest.raises(ValueError, match="leave out --init denoiser"):
-        audio_pretrain.build(CONFIG, 0, {"denoiser": "x"})

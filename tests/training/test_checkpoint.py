@@ -1,9 +1,12 @@
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from toy_stage import toy_stage
 
+from pikastream_jax.training import checkpoint
 from pikastream_jax.training.checkpoint import Checkpoints, load_weights
 from pikastream_jax.training.loop import run
 from pikastream_jax.weights import safetensors_io
@@ -30,7 +33,7 @@ def test_misfit_names_every_difference(tmp_path):
         checkpoints.restore(1, {"kernel": jnp.ones((2, 4)), "new": jnp.ones(1)})
 
 
-def test_load_weights_takes_the_average_of_a_run_folder_or_a_file(tmp_path):
+def test_load_weights_takes_the_average_of_a_run_folder_or_a_file(tmp_path, monkeypatch):
     state = run(toy_stage(), tmp_path / "run", steps=5)
     loaded = load_weights(tmp_path / "run")
     assert jax.tree.structure(loaded) == jax.tree.structure(state.ema)
@@ -40,6 +43,21 @@ def test_load_weights_takes_the_average_of_a_run_folder_or_a_file(tmp_path):
     )
     safetensors_io.save(tmp_path / "w.safetensors", state.params, dtype=jnp.float32)
     jax.tree.map(np.testing.assert_array_equal, load_weights(tmp_path / "w.safetensors"), state.params)
+    monkeypatch.setattr(sys, "argv", ["checkpoint", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "average.safetensors")])
+    checkpoint.main()
+    jax.tree.map(np.testing.assert_array_equal, load_weights(tmp_path / "average.safetensors"), state.ema)
+
+
+def test_reading_leaves_a_save_under_way_alone(tmp_path):
+    """orbax's writer clears away temporary folders when it starts; a reader beside it must not."""
+    run(toy_stage(), tmp_path, steps=5)
+    (saving,) = (tmp_path / "checkpoints").iterdir()
+    unfinished = saving.with_name("10.orbax-checkpoint-tmp")
+    unfinished.mkdir()
+    load_weights(tmp_path)
+    assert unfinished.exists()
+    run(toy_stage(), tmp_path, steps=1)
+    assert not unfinished.exists()
 
 
 def test_load_weights_says_what_is_wrong(tmp_path):

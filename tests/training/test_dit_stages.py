@@ -297,11 +297,6 @@ def test_what_the_conditions_are_worth(held_out):
     assert not changed["no audio"].keep_audio.any() and not changed["no reference"].reference.any()
 
 
-def test_causal_adaptation_wants_a_teacher():
-    with pytest.raises(ValueError, match="starts from a trained teacher: give --init denoiser=RUN_OR_FILE"):
-        dit_causal.build(CONFIG, 0, {}).init()
-
-
 def test_the_roll_out_is_the_stream(held_out):
     """A later chunk's sound changes that chunk and later ones alone."""
     models, params = small_models(CONFIG)

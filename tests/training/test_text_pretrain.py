@@ -63,9 +63,3 @@ def test_padding_is_not_read():
     valid = jnp.array([5])
     np.testing.assert_array_equal(readout(tokens, valid), readout(other, valid))
     assert jnp.abs(readout(tokens, valid) - readout(tokens, valid + 1)).max() > 1e-3
-
-
-@pytest.mark.parametrize("init", [{}, {"clips": "x", "denoiser": "y"}])
-def test_it_wants_the_clips_alone(init):
-    with pytest.raises(ValueError, match="give --init clips=FILE alone"):
-        text_pretrain.build(CONFIG, 0, init)

@@ -5,9 +5,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import train
+from pikastream_jax.training.checkpoint import load_weights
+from pikastream_jax.weights.safetensors_io import flatten
 
 ROOT = Path(train.__file__).resolve().parent
 
@@ -16,7 +19,7 @@ ROOT = Path(train.__file__).resolve().parent
 def toy_stages(monkeypatch):
     """The toy stages under train.py's own registry."""
     for name in ("build", "build_endless", "build_nan"):
-        monkeypatch.setitem(train.STAGES, name, f"toy_stage:{name}")
+        monkeypatch.setitem(train.STAGES, name, train.Entry(f"toy_stage:{name}"))
 
 
 def command_line(monkeypatch, *arguments):
@@ -45,6 +48,10 @@ def test_a_stage_trains_in_two_stretches(monkeypatch, tmp_path, capsys):
         (["build", "--init", "flash_vae=/nowhere"], "--init flash_vae: there is no /nowhere"),
         (["build_nan"], "at step 7 loss is nan"),
         (["build", "--steps", "0"], "steps must be above 0, got 0"),
+        (["build", "--cpu-devices", "0"], "--cpu-devices 0 must be at least 1"),
+        (["dit_causal", "--init", "clips=."], "dit_causal needs --init flash_vae=PATH; it takes clips, flash_vae, denoiser"),
+        (["audio_pretrain", "--init", "denoiser=."], "audio_pretrain takes no --init denoiser; it takes none"),
+        (["dit_pretrain", "--init", "clips=.", "flash_vae=.", "denoizer=."], "dit_pretrain takes no --init denoizer"),
         (["build", "--updates", "0"], "--updates 0 must be at least 1"),
     ],
 )
@@ -55,15 +62,42 @@ def test_what_is_wrong_is_one_line_and_exit_1(monkeypatch, tmp_path, capsys, arg
 
 
 def test_every_registered_stage_is_in_the_help():
-    shipped = [name for name, target in train.STAGES.items() if target.startswith("pikastream_jax.")]
+    shipped = [name for name, entry in train.STAGES.items() if entry.build.startswith("pikastream_jax.")]
     source = Path(train.__file__).read_text()
     assert f"One of {', '.join(shipped)}." in source
+
+
+def test_a_run_goes_on_with_another_number_of_devices(tmp_path):
+    """Two devices and then one, against one all the way: the same state, whatever the stacks of matrices are filled up to."""
+    path = str(Path(__file__).parent)
+    code = (
+        f"import sys; sys.path.insert(0, {path!r}); import train, jax; train.STAGES['build'] = train.Entry('toy_stage:build'); "
+        "status = train.main(); print(len(jax.devices())); sys.exit(status)"
+    )
+
+    def run(folder, *arguments):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "build", "--out", str(tmp_path / folder), *arguments],
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    assert run("two", "--cpu-devices", "2", "--steps", "5") == "2"
+    assert run("two", "--steps", "5") == "1"
+    assert run("one", "--steps", "10") == "1"
+    states = [flatten(load_weights(tmp_path / folder)) for folder in ("two", "one")]
+    for name, leaf in states[1].items():
+        np.testing.assert_allclose(states[0][name], leaf, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 def test_sigterm_saves_and_exits_0(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import train; "
-        "train.STAGES['endless'] = 'toy_stage:build_endless'; sys.exit(train.main())"
+        "train.STAGES['endless'] = train.Entry('toy_stage:build_endless'); sys.exit(train.main())"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, "endless", "--out", str(tmp_path)],
