@@ -11,7 +11,7 @@ from pikastream_jax.streaming.package import SHIPPED, save_package
 from pikastream_jax.streaming.step import ModelParams, Models
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.clips import load_clip_record
-from pikastream_jax.training.metrics import METRICS_FILE
+from pikastream_jax.training.metrics import METRICS_FILE, read_rows
 from pikastream_jax.weights.safetensors_io import restore_into
 
 
@@ -51,8 +51,7 @@ def _history(run: Path) -> dict:
     if not run.is_dir():
         return {"file": run.name}
     record = json.loads((run / "config.json").read_text())
-    rows = [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
-    held_out = [row for row in rows if row["kind"] == "held_out"]
+    held_out = [row for row in read_rows(run / METRICS_FILE) if row["kind"] == "held_out"]
     return {"stage": record["stage"], "seed": record["seed"], "held_out": held_out[-1] if held_out else None}
 
 

@@ -111,7 +111,6 @@ def run(
     steps: int | None = None,
     save_every_minutes: float = 5.0,
     log_every: int = 10,
-    resume: bool = True,
 ) -> TrainState:
     """Trains `stage` in `out_dir` until it is complete, its time is up, or the process is asked to stop; then saves.
 
@@ -124,20 +123,19 @@ def run(
       steps: stop after this many updates in this stretch; the run can be resumed.
       save_every_minutes: time between checkpoints. One is always written on leaving.
       log_every: updates averaged into a row of metrics. Nothing waits for the device in between.
-      resume: continue from the newest checkpoint in the folder. False refuses a folder that has one.
 
     Returns:
       The state after the last update of this stretch.
 
     Raises:
-      ValueError: the folder holds another stage, seed or configuration, or `resume` is False and it has checkpoints.
+      ValueError: the folder holds another stage, seed or configuration.
       NonFiniteError: see there. The folder's checkpoints are all finite.
     """
     for name, value in {"minutes": minutes, "steps": steps, "log_every": log_every}.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be above 0, got {value}")
     with stop_on_signal() as stop_request:
-        stretch = _Stretch(stage, Path(out_dir), log_every, resume)
+        stretch = _Stretch(stage, Path(out_dir), log_every)
         try:
             return stretch.train(stop_request, minutes, steps, save_every_minutes)
         finally:
@@ -147,7 +145,7 @@ def run(
 class _Stretch:
     """One process's share of a run: the state between updates, and the open files."""
 
-    def __init__(self, stage: Stage, out_dir: Path, log_every: int, resume: bool):
+    def __init__(self, stage: Stage, out_dir: Path, log_every: int):
         self.started = time.monotonic()
         self.stage, self.out_dir, self.log_every = stage, out_dir, log_every
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -158,8 +156,6 @@ class _Stretch:
         if self.saved_step is None:
             state = stage.init()
         else:
-            if not resume:
-                raise ValueError(f"{out_dir} already has a checkpoint of step {self.saved_step}: choose another folder")
             record = self.checkpoints.record(self.saved_step)
             _check_same_run(stage, record, out_dir)
             state = self.checkpoints.restore(self.saved_step, jax.eval_shape(stage.init))
@@ -256,6 +252,9 @@ class _Stretch:
 
     def _evaluate(self, bar: tqdm) -> None:
         values = {name: float(value) for name, value in self.stage.evaluate(self.state).items()}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                self._fail(self.step, f"held-out {name} is {value}")
         self.metrics.append(self.step, "held_out", values)
         figures = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         bar.write(f"step {self.step}: held-out {figures}", file=sys.stderr)

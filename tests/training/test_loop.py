@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -103,6 +104,11 @@ def test_nan_loss_names_step_and_last_good_checkpoint(tmp_path):
     assert all(np.isfinite(row["loss"]) for row in rows(tmp_path))
 
 
+def test_a_held_out_figure_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(NonFiniteError, match="step 10 held-out loss is nan"):
+        run(dataclasses.replace(toy_stage(), evaluate=lambda state: {"loss": float("nan")}), tmp_path)
+
+
 def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
     run(toy_stage(nan_params_at=18), tmp_path, steps=12)
     with pytest.raises(NonFiniteError, match=r"step 18 a parameter or optimiser state.*checkpoints/12"):
@@ -128,8 +134,6 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         run(toy_stage(seed=1), tmp_path)
     with pytest.raises(ValueError, match=r"config was .*16.*, is .*32"):
         run(toy_stage(config={"widths": (8, 32)}), tmp_path)
-    with pytest.raises(ValueError, match="already has a checkpoint of step 2"):
-        run(toy_stage(), tmp_path, resume=False)
     assert int(run(toy_stage(total_steps=61), tmp_path, steps=1).step) == 3, "a stage may be given more updates"
 
 
