@@ -133,7 +133,6 @@ class DiTConfig:
     frequency_dim: int = 256  # width of the sinusoidal timestep embedding
     text_dim: int = 128
     audio_dim: int = 128
-    rope_theta: float = 10_000.0
     eps: float = 1e-6
 
     def __post_init__(self):

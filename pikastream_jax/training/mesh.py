@@ -1,7 +1,6 @@
 """Data parallelism: the batch is split over all devices, the state is a copy on each.
 
-On a CPU this matters too: XLA runs most of a training step on one core of a device, so `train.py --cpu-devices 2` nearly doubles
-the speed of two cores.
+A CPU can pose as several devices (`train.py --cpu-devices 2`), which is how this is tried where there is one GPU or none.
 """
 
 from typing import TypeVar

@@ -1,5 +1,6 @@
 """The shipped model behind the command line: the only tests here that do not use the fake generator."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import pytest
 import soundfile
 from media import play
 
+from pikastream_jax.measuring import subjects
+from pikastream_jax.measuring.estimator import Estimator
+from pikastream_jax.measuring.streams import generated, make_scene, samples_of
 from pikastream_jax.serving.command import main
 from pikastream_jax.streaming.generator import load_generator
 from pikastream_jax.streaming.package import SHIPPED
@@ -48,6 +52,31 @@ def test_shipped_speech_and_avatar_become_a_moving_face(tmp_path, speech, genera
     assert np.abs(np.diff(frames, axis=0)).mean() > 0.05  # that moves
     other = serve(tmp_path, speech, generator, "--seed", "1").frames.astype(np.float32)
     assert np.abs(frames - other).mean() > 0.1  # and moves otherwise with another seed
+
+
+def test_the_lips_follow_the_words_whatever_the_seed(generator):
+    """A voice and a face no training has met: mouths open with the words and alike for two seeds, heads move each in its way."""
+    speech = [subjects.read_speech(subjects.SPEECH)]
+    scene = make_scene(subjects.HELD_OUT_IDENTITIES, subjects.NEUTRAL, speech, 0, samples_of(generator, 8))
+    estimator, film = Estimator(), generated(generator)
+    first, second = (estimator(film(dataclasses.replace(scene, seed=seed))) for seed in (0, 1))
+
+    def agreement(a, b):
+        return np.corrcoef(a, b)[0, 1]
+
+    for reading in (first, second):
+        assert agreement(reading.opening, scene.truth.opening) > 0.7
+    assert agreement(first.opening, second.opening) > 0.8
+    for name in ("yaw", "pitch", "roll"):
+        assert agreement(getattr(first, name), getattr(second, name)) < 0.8, name
+
+
+def test_in_silence_the_mouth_rests_and_the_face_lives(generator):
+    speech = [np.zeros(16_000, np.float32)]
+    scene = make_scene(subjects.HELD_OUT_IDENTITIES, subjects.NEUTRAL, speech, 0, samples_of(generator, 12))
+    reading = Estimator()(generated(generator)(scene))
+    assert np.mean(reading.opening) < 0.1
+    assert np.std(reading.yaw) + np.std(reading.pitch) > 0.01  # radians
 
 
 def test_serving_is_repeatable(tmp_path, speech, generator):
