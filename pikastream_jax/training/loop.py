@@ -70,8 +70,6 @@ class Stage:
       update: (state, key of this step, data) -> (state, scalars with `loss` among them), traced once under jit with the
         state donated. The loop counts `step` itself.
       data: loads the arrays that every update draws from, once at the start; an empty dict where data is made on the fly.
-      needs: names of the weights and data (`--init NAME=PATH`) that the stage cannot do without.
-      takes: names of those that it may start from.
       config: JSON-able record of what was trained; a run is only continued with the same one.
       evaluate: state -> floats on held-out data, `loss` among them; a function of the state alone.
       evaluate_every: in updates; also done after the last one.
@@ -85,8 +83,6 @@ class Stage:
     init: Callable[[], TrainState]
     update: Callable[[TrainState, Key[Array, ""], PyTree[Array]], tuple[TrainState, Metrics]]
     data: Callable[[], PyTree[Array]] = dict
-    needs: tuple[str, ...] = ()
-    takes: tuple[str, ...] = ()
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     evaluate: Callable[[TrainState], dict[str, float]] | None = None
     evaluate_every: int = 500
