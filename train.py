@@ -41,10 +41,11 @@ STAGES = {
     "flash_vae_decoder": Entry("pikastream_jax.training.flash_vae:build_decoder", needs=("flash_vae",)),
     "audio_pretrain": Entry("pikastream_jax.training.audio_pretrain:build"),
     "text_pretrain": Entry("pikastream_jax.training.text_pretrain:build", needs=("clips",)),
+    "latent_reader": Entry("pikastream_jax.training.latent_reader:build", needs=("clips",)),
     "dit_pretrain": Entry(
-        "pikastream_jax.training.dit_pretrain:build", needs=("clips", "flash_vae"), takes=("denoiser", "audio", "text")
+        "pikastream_jax.training.dit_pretrain:build", needs=("clips", "flash_vae", "reader"), takes=("denoiser", "audio", "text")
     ),
-    "dit_causal": Entry("pikastream_jax.training.dit_causal:build", needs=("clips", "flash_vae", "denoiser")),
+    "dit_causal": Entry("pikastream_jax.training.dit_causal:build", needs=("clips", "flash_vae", "reader", "denoiser")),
     "face_estimator": Entry("pikastream_jax.training.face_estimator:build"),
 }
 
@@ -54,7 +55,7 @@ class Arguments:
     """Train one stage of pikastream-jax. The same command again continues a stopped run."""
 
     stage: Annotated[str, tyro.conf.Positional]
-    """One of flash_vae_low_res, flash_vae_streaming, flash_vae_decoder, audio_pretrain, text_pretrain, dit_pretrain, dit_causal, face_estimator."""
+    """One of flash_vae_low_res, flash_vae_streaming, flash_vae_decoder, audio_pretrain, text_pretrain, latent_reader, dit_pretrain, dit_causal, face_estimator."""
     out: Path
     """Folder of the run: metrics, pictures, checkpoints."""
     config: str = "tiny"

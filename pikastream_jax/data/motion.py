@@ -99,17 +99,18 @@ def style_motion(key: PRNGKeyArray, style: Style, speech: SpeechTrack, fps: floa
 
     slow = liveliness * (0.6 + 0.4 * talking)
     quick = liveliness * energy * talking
-    yaw = slow * 0.07 * _drift(next(keys), t, 0.07, 0.35) + quick * 0.055 * _drift(next(keys), t, 0.4, 1.3)
-    pitch = slow * 0.035 * _drift(next(keys), t, 0.07, 0.35) + quick * 0.035 * _drift(next(keys), t, 0.5, 1.6)
-    roll = slow * 0.035 * _drift(next(keys), t, 0.07, 0.30) + quick * 0.025 * _drift(next(keys), t, 0.4, 1.2)
-    pitch = pitch + 0.14 * accent * energy
+    # A speaker's head stays within a few degrees of where it rests.
+    yaw = slow * 0.045 * _drift(next(keys), t, 0.07, 0.35) + quick * 0.03 * _drift(next(keys), t, 0.4, 1.3)
+    pitch = slow * 0.02 * _drift(next(keys), t, 0.07, 0.35) + quick * 0.018 * _drift(next(keys), t, 0.5, 1.6)
+    roll = slow * 0.02 * _drift(next(keys), t, 0.07, 0.30) + quick * 0.012 * _drift(next(keys), t, 0.4, 1.2)
+    pitch = pitch + 0.10 * accent * energy
 
     nods, shakes = jnp.maximum(style.nod, 0.0), jnp.maximum(-style.nod, 0.0)
     # A nodding style nods most of the time; a listener nods a little now and then, whatever the style.
     burst = _bursts(next(keys), t, -0.55)
     listening = (1.0 - talking) * _bursts(next(keys), t, 0.35)
-    pitch = pitch + (0.105 * nods * burst + 0.030 * listening) * _swing(next(keys), t)
-    yaw = yaw + 0.13 * shakes * burst * _swing(next(keys), t)
+    pitch = pitch + (0.08 * nods * burst + 0.030 * listening) * _swing(next(keys), t)
+    yaw = yaw + 0.10 * shakes * burst * _swing(next(keys), t)
     yaw = yaw + 0.17 * style.gaze_x
     pitch = pitch + 0.11 * style.gaze_y + 0.04 * style.sad - 0.03 * style.surprised
     roll = roll + 0.15 * style.tilt

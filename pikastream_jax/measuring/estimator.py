@@ -42,8 +42,13 @@ class ReaderConfig:
     identity: dict[str, tuple[float, float]]  # a colour is three numbers
 
     @property
+    def features(self) -> int:
+        """Numbers that describe the face itself."""
+        return sum(3 if name in _COLOURS else 1 for name in self.identity)
+
+    @property
     def outputs(self) -> int:
-        return len(self.quantities) + sum(3 if name in _COLOURS else 1 for name in self.identity)
+        return len(self.quantities) + self.features
 
 
 _COLOURS = ("skin", "eye_color", "lip_color")
@@ -116,7 +121,7 @@ READERS = {
         },
     ),
 }
-IDENTITY_SIZE = sum(reader.outputs - len(reader.quantities) for reader in READERS.values())
+IDENTITY_SIZE = sum(reader.features for reader in READERS.values())
 _EYES_LIFT = 5.0  # pixels by which the eyes' crop lies higher than their box, to hold raised brows
 
 
@@ -216,6 +221,11 @@ def true_outputs(identity: Identity, state: FaceState) -> dict[str, Float[Array,
         numbers = [(seen[q] - mean) / scale for q, (mean, scale) in config.quantities.items()]
         result[name] = jnp.concatenate([jnp.stack(numbers), _identity(identity, config)])
     return result
+
+
+def true_readings(identity: Identity, state: FaceState) -> Float[Array, " o"]:
+    """The same as one vector, reader after reader in the order of `READERS`."""
+    return jnp.concatenate(list(true_outputs(identity, state).values()))
 
 
 def apply(estimator: FaceEstimator, pictures: Float[Array, "n 256 256 3"]) -> Reading:

@@ -26,6 +26,7 @@ from pikastream_jax.data.face import FaceState, Identity, eyes_box, mouth_box, r
 from pikastream_jax.data.motion import Style, style_motion
 from pikastream_jax.flash_vae import FlashVAE
 from pikastream_jax.flash_vae.latents import LatentStatistics, measure_statistics
+from pikastream_jax.measuring.estimator import true_readings
 from pikastream_jax.nn.layers import Functional, Params, functional
 from pikastream_jax.text import Tokenizer
 from pikastream_jax.training.checkpoint import load_weights
@@ -43,6 +44,7 @@ class Clips:
     latents: Float16[Array, "n f r c z"]
     reference: Float16[Array, "n r c z"]  # the same person at rest
     boxes: Float[Array, "n f 2 4"]  # mouth and eyes, pixels, mean over a latent frame
+    truth: Float[Array, "n f o"]  # what the renderer was told, as `true_readings` puts it, mean over a latent frame
     speech_start: Int[Array, "n"]  # the clip's first latent frame in the corpus
     tokens: Int[Array, "n l"]  # caption
     valid: Int[Array, "n"]
@@ -115,17 +117,17 @@ def make_clips(
         k_motion, k_reference = jax.random.split(key)
         _, speech = window(mel, tracks, start, latent_frames, config.audio.mel_frames)
         states = style_motion(k_motion, style, speech, config.stream.fps)
-        return encode_clip(config, model.bind(params), identity, states, reference_state(k_reference))
+        told = jax.vmap(lambda state: true_readings(identity, state))(states)
+        truth = told.reshape(latent_frames, config.flash_vae.temporal_stride, -1).mean(axis=1)
+        return *encode_clip(config, model.bind(params), identity, states, reference_state(k_reference)), truth
 
     made = []
     for index in tqdm(range(count), desc="clips", unit="clip"):
         identity, style = jax.tree.map(operator.itemgetter(index), (identities, styles))
         key = jax.random.fold_in(jax.random.key(seed), index)
-        latents, reference, boxes = one(params, mel, tracks, key, identity, style, int(begin[index]))
-        made.append((np.asarray(latents), np.asarray(reference), np.asarray(boxes)))
-    latents, reference, boxes = (np.stack(part) for part in zip(*made, strict=True))
-    arrays = {"latents": latents, "reference": reference, "boxes": boxes, "speech_start": begin.astype(np.int32)}
-    return arrays, captions
+        made.append(jax.device_get(one(params, mel, tracks, key, identity, style, int(begin[index]))))
+    arrays = dict(zip(("latents", "reference", "boxes", "truth"), map(np.stack, zip(*made, strict=True)), strict=True))
+    return arrays | {"speech_start": begin.astype(np.int32)}, captions
 
 
 @dataclasses.dataclass(frozen=True)

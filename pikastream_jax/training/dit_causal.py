@@ -24,7 +24,8 @@ from pikastream_jax.nn.layers import Functional, Params, functional
 from pikastream_jax.streaming.state import init_state, install_reference
 from pikastream_jax.streaming.step import Models, denoise_chunk
 from pikastream_jax.training.checkpoint import load_weights
-from pikastream_jax.training.dit_data import DiTBatch, draw_batch, load_data, weighted_velocity_loss
+from pikastream_jax.training.dit_data import CROP, DiTBatch, draw_batch, load_data, text_kept, weighted_velocity_loss
+from pikastream_jax.training.latent_reader import LatentReader, load_reader, misreading, reader_model
 from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
@@ -38,7 +39,7 @@ class CausalConfig:
 
     batch: int = 6
     latent_frames: int = 9  # the last chunk of three sees the whole window, as in a stream
-    crop: float = 0.75  # share of the picture's sides, see PretrainConfig
+    reading: float = 0.5  # weight of what the latent reader misreads
     ema: float = 0.99
     optimiser: OptimiserConfig = OptimiserConfig(learning_rate=1.5e-3, warmup_steps=20, decay="linear")
 
@@ -51,10 +52,10 @@ def random_chunks(key: Array, batch: int, frames: int, largest: int) -> Int[Arra
     return jnp.arange(frames) // size
 
 
-def causal_loss(
-    config: Config, model: Functional, params: Params, batch: DiTBatch, key: Array, chunk_ids: Int[Array, "b f"]
-) -> Float[Array, ""]:
-    """Velocity error of the query copy."""
+def causal_losses(
+    config: Config, model: Functional, params: Params, batch: DiTBatch, key: Array, chunk_ids: Int[Array, "b f"], reader: LatentReader
+) -> dict[str, Float[Array, ""]]:
+    """Of the query copy: `loss`, the velocity error, and what `misreading` gives."""
     k_step, k_context, k_query, k_distance = jax.random.split(key, 4)
     b, f = chunk_ids.shape
     times = jnp.asarray(solver_timesteps(config.stream.steps, config.stream.shift))
@@ -80,7 +81,9 @@ def causal_loss(
         reference_distance=jax.random.randint(k_distance, (b,), 4, 31).astype(jnp.float32),
         copies=2,
     )
-    return weighted_velocity_loss(velocity[:, f:], batch.latents, query_noise, batch.weight)
+    velocity = velocity[:, f:]
+    value = weighted_velocity_loss(velocity, batch.latents, query_noise, batch.weight)
+    return {"loss": value} | misreading(reader, batch, velocity, query_noise, t_query)
 
 
 def sample_causal(
@@ -103,9 +106,10 @@ def sample_causal(
 
 
 def build(config: Config, seed: int, init: dict[str, Path], updates: int = 500) -> Stage:
-    """The stage. `init` names `clips`, `flash_vae` (for pictures) and `denoiser`, the pre-trained teacher."""
+    """The stage. `init` names `clips`, `reader`, `flash_vae` (for pictures) and `denoiser`, the pre-trained teacher."""
     settings = CausalConfig()
     model = functional(lambda rngs: Denoiser(config, rngs=rngs))
+    reader = reader_model(config)
     optimiser = make_optimiser(model.abstract, settings.optimiser, updates)
 
     def initial_state() -> TrainState:
@@ -114,19 +118,24 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 500) 
 
     def update(state: TrainState, key: Array, data: dict) -> tuple[TrainState, dict]:
         k_data, k_chunks, k_loss = jax.random.split(key, 3)
-        batch = draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames, crop=settings.crop)
+        batch = draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames, crop=CROP)
         batch = split_batch(batch)
         chunk_ids = random_chunks(k_chunks, settings.batch, settings.latent_frames, config.stream.chunk)
-        value, gradient = jax.value_and_grad(lambda p: causal_loss(config, model, p, batch, k_loss, chunk_ids))(state.params)
-        return state.descend(gradient, optimiser, settings.ema), {"loss": value}
 
-    data = functools.cache(lambda: load_data(init["clips"]))
+        def total(params: Params) -> tuple[Float[Array, ""], dict]:
+            parts = causal_losses(config, model, text_kept(params), batch, k_loss, chunk_ids, reader.bind(data["reader"]))
+            return parts["loss"] + settings.reading * (parts["identity"] + parts["expression"]), parts
+
+        gradient, parts = jax.grad(total, has_aux=True)(state.params)
+        return state.descend(gradient, optimiser, settings.ema), parts
+
+    data = functools.cache(lambda: load_data(init["clips"]) | {"reader": load_reader(config, init["reader"])})
 
     @jax.jit
     def held_out(params, data):
         batch = draw_batch(config, data, "held_out", jax.random.key(0), 24, settings.latent_frames, train=False)
         chunk_ids = jnp.broadcast_to(jnp.arange(settings.latent_frames) // config.stream.chunk, (24, settings.latent_frames))
-        return causal_loss(config, model, params, batch, jax.random.key(1), chunk_ids)
+        return causal_losses(config, model, params, batch, jax.random.key(1), chunk_ids, reader.bind(data["reader"]))
 
     @jax.jit
     def roll_out(params, data):
@@ -150,8 +159,8 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 500) 
             "stream": dataclasses.asdict(config.stream),
             "stage": dataclasses.asdict(settings),
         },
-        evaluate=lambda state: {"loss": float(held_out(state.ema, data()))},
-        evaluate_every=50,
+        evaluate=lambda state: {name: float(value) for name, value in held_out(state.ema, data()).items()},
+        evaluate_every=100,
         sample=sample,
         sample_every=150,
     )

@@ -11,10 +11,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pikastream_jax.config import Config
 from pikastream_jax.data.corpus import audio_slices, augment, load_corpus, window
+from pikastream_jax.nn.layers import Params
 from pikastream_jax.training.clips import SPEECH, load_clips
 from pikastream_jax.training.losses import region_weights
 
 REGION_WEIGHTS = (5.0, 1.5)  # what the boxes of mouth and eyes add to a latent's weight of 1: they are small and they matter
+CROP = 0.75  # share of the picture's sides that is trained on; faces stand in the middle, so any such part holds nearly all that is hard
 DROP = 0.1  # share of rows that lose text, audio or reference, each on its own
 
 
@@ -30,6 +32,8 @@ class DiTBatch:
     valid: Int[Array, "b"]
     keep_audio: Bool[Array, "b"]
     weight: Float[Array, "b f r c"]  # of the loss; mean 1
+    boxes: Float[Array, "b f 2 4"]  # mouth and eyes, in pixels of the part of the picture that the latents show
+    truth: Float[Array, "b f o"]  # see `Clips`
 
 
 def load_data(clips: Path, speech: Path = SPEECH) -> dict[str, Any]:
@@ -41,6 +45,15 @@ def load_data(clips: Path, speech: Path = SPEECH) -> dict[str, Any]:
         "mel": corpus.mel,
         "tracks": corpus.tracks,
     }
+
+
+def text_kept(params: Params) -> Params:
+    """A denoiser's parameters, of which the text encoder's are not trained.
+
+    It knows what prompts mean from `text_pretrain`. What a caption is worth to the DiT's losses is too little to keep that: Muon's
+    updates are as large for a weak gradient as for a strong one, and took what a smile is called out of the encoder again.
+    """
+    return params | {"text": jax.lax.stop_gradient(params["text"])}
 
 
 def draw_batch(
@@ -82,15 +95,18 @@ def draw_batch(
         mel, _ = window(data["mel"], data["tracks"], clips.speech_start[index] + offset, frames, config.audio.mel_frames)
         if train:
             mel = augment(mel, key, config.audio)
-        return latents, boxes, audio_slices(mel, frames, config.audio.mel_frames)
+        truth = jax.lax.dynamic_slice_in_dim(clips.truth[index], offset, frames)
+        return latents, boxes, truth, audio_slices(mel, frames, config.audio.mel_frames)
 
-    latents, boxes, mel = jax.vmap(one)(index, offset, jax.random.split(k_augment, batch))
+    latents, boxes, truth, mel = jax.vmap(one)(index, offset, jax.random.split(k_augment, batch))
     weight = region_weights(_latent_boxes(boxes, config.flash_vae.spatial_stride), rows, columns, REGION_WEIGHTS)
     keep = jax.random.uniform(k_drop, (3, batch)) >= (DROP if train else 0.0)
     reference = clips.reference[index].astype(jnp.float32)
     if crop < 1.0:
-        latents, weight, reference = _cropped(config, jax.random.fold_in(key, 4), crop, latents, weight, reference[:, None])
+        corner, size = _random_part(config, jax.random.fold_in(key, 4), batch, crop)
+        latents, weight, reference = (_cropped(x, corner, size) for x in (latents, weight, reference[:, None]))
         reference = jnp.squeeze(reference, 1)
+        boxes = boxes - config.flash_vae.spatial_stride * jnp.tile(corner, 2)[:, None, None]
     return DiTBatch(
         latents=latents.astype(jnp.float32),
         reference=jnp.where(keep[0][:, None, None, None], reference, 0.0),
@@ -99,20 +115,21 @@ def draw_batch(
         valid=jnp.where(keep[1], clips.valid[index], 1),  # the start token alone is the empty prompt
         keep_audio=keep[2],
         weight=weight / jnp.mean(weight, axis=(2, 3), keepdims=True),
+        boxes=boxes,
+        truth=truth,
     )
 
 
-def _cropped(config: Config, key: Array, share: float, *arrays: Float[Array, "b f r c ..."]) -> list[Float[Array, "b f h w ..."]]:
-    """The same random part of every array's rows and columns, from a corner of each batch row's own."""
+def _random_part(config: Config, key: Array, batch: int, share: float) -> tuple[Int[Array, "b 2"], tuple[int, int]]:
+    """First row and column in latents, for each row of the batch, and how many of both: whole tokens."""
     patch = config.dit.patch
     size = tuple(math.ceil(share * tokens) for tokens in config.token_grid)
     room = jnp.array(config.token_grid) - jnp.array(size) + 1
-    corner = patch * jax.random.randint(key, (len(arrays[0]), 2), 0, room)
+    return patch * jax.random.randint(key, (batch, 2), 0, room), (patch * size[0], patch * size[1])
 
-    def one(x, corner):
-        return jax.lax.dynamic_slice(x, (0, *corner, *[0] * (x.ndim - 3)), (x.shape[0], patch * size[0], patch * size[1], *x.shape[3:]))
 
-    return [jax.vmap(one)(x, corner) for x in arrays]
+def _cropped(x: Float[Array, "b f r c ..."], corner: Int[Array, "b 2"], size: tuple[int, int]) -> Float[Array, "b f h w ..."]:
+    return jax.vmap(lambda x, c: jax.lax.dynamic_slice(x, (0, *c, *[0] * (x.ndim - 3)), (x.shape[0], *size, *x.shape[3:])))(x, corner)
 
 
 def _latent_boxes(boxes: Float[Array, "*b n 4"], stride: int) -> Float[Array, "*b n 4"]:

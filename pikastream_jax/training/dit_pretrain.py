@@ -14,7 +14,8 @@ from pikastream_jax.diffusion.flow import interpolate, logit_normal_timesteps, s
 from pikastream_jax.dit import Denoiser
 from pikastream_jax.nn.layers import Functional, Params, functional, initial_params
 from pikastream_jax.training.checkpoint import load_weights
-from pikastream_jax.training.dit_data import DiTBatch, draw_batch, load_data, weighted_velocity_loss
+from pikastream_jax.training.dit_data import CROP, DiTBatch, draw_batch, load_data, text_kept, weighted_velocity_loss
+from pikastream_jax.training.latent_reader import load_reader, misreading, reader_model
 from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
@@ -28,8 +29,8 @@ class PretrainConfig:
 
     batch: int = 24
     latent_frames: int = 3
-    crop: float = 0.75  # share of the picture's sides; faces stand in the middle, so any such part holds nearly all that is hard
     shift: float = 3.0  # of the logit-normal timesteps
+    reading: float = 0.5  # weight of what the latent reader misreads
     pure_noise: float = 0.25  # share of rows at t = 1, where the conditions alone tell what to draw and logit-normal timesteps hardly come
     ema: float = 0.99
     optimiser: OptimiserConfig = OptimiserConfig(learning_rate=3e-3, warmup_steps=50, decay="linear")
@@ -76,8 +77,14 @@ def sample_bidirectional(
 
 
 def build(config: Config, seed: int, init: dict[str, Path], updates: int = 3_000) -> Stage:
-    """The stage. `init` names `clips` and `flash_vae` (for pictures), and may name a `denoiser` to start from and, as `audio` and
-    `text`, runs of `audio_pretrain` and `text_pretrain` whose encoders take the place of its own."""
+    """The stage. `init` names `clips`, `reader` and `flash_vae` (for pictures), and may name a `denoiser` to start from and, as `audio` and
+    `text`, runs of `audio_pretrain` and `text_pretrain` whose encoders take the place of its own.
+
+    Raises:
+      ValueError: neither a `denoiser` nor a `text` encoder is named, and this stage does not train one.
+    """
+    if not {"denoiser", "text"} & init.keys():
+        raise ValueError("dit_pretrain needs --init text=PATH, a run of text_pretrain, or denoiser=PATH: it trains no text encoder")
     settings = PretrainConfig()
 
     def build_model(rngs):
@@ -96,7 +103,9 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 3_000
                 params[encoder] = restore_into(model.abstract[encoder], load_weights(init[encoder])[encoder])
         return TrainState.start(params, optimiser)
 
-    def loss(params: Params, batch: DiTBatch, key: Array) -> Float[Array, ""]:
+    reader = reader_model(config)
+
+    def losses(params: Params, batch: DiTBatch, key: Array, reader_params: Params) -> tuple[Float[Array, ""], dict]:
         k_t, k_noise, k_distance = jax.random.split(key, 3)
         b, f = batch.latents.shape[:2]
         t = logit_normal_timesteps(k_t, (b, 1), settings.shift)
@@ -104,22 +113,25 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 3_000
         t = jnp.broadcast_to(t, (b, f))
         noise = jax.random.normal(k_noise, batch.latents.shape)
         distance = jax.random.randint(k_distance, (b,), 4, 31).astype(jnp.float32)
-        velocity = bidirectional_velocity(model, params, batch, interpolate(batch.latents, noise, t), t, distance)
-        return weighted_velocity_loss(velocity, batch.latents, noise, batch.weight)
+        x = interpolate(batch.latents, noise, t)
+        velocity = bidirectional_velocity(model, text_kept(params), batch, x, t, distance)
+        value = weighted_velocity_loss(velocity, batch.latents, noise, batch.weight)
+        misread = misreading(reader.bind(reader_params), batch, velocity, noise, t)
+        return value + settings.reading * (misread["identity"] + misread["expression"]), {"loss": value} | misread
 
     def update(state: TrainState, key: Array, data: dict) -> tuple[TrainState, dict]:
         k_data, k_loss = jax.random.split(key)
-        batch = draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames, crop=settings.crop)
+        batch = draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames, crop=CROP)
         batch = split_batch(batch)
-        value, gradient = jax.value_and_grad(loss)(state.params, batch, k_loss)
-        return state.descend(gradient, optimiser, settings.ema), {"loss": value}
+        gradient, parts = jax.grad(losses, has_aux=True)(state.params, batch, k_loss, data["reader"])
+        return state.descend(gradient, optimiser, settings.ema), parts
 
-    data = functools.cache(lambda: load_data(init["clips"]))
+    data = functools.cache(lambda: load_data(init["clips"]) | {"reader": load_reader(config, init["reader"])})
 
     @jax.jit
-    def held_out_loss(params, data):
+    def held_out(params, data):
         batch = draw_batch(config, data, "held_out", jax.random.key(0), 24, settings.latent_frames, train=False)
-        return loss(params, batch, jax.random.key(1))
+        return losses(params, batch, jax.random.key(1), data["reader"])[1]
 
     @jax.jit
     def sample_clip(params, data):
@@ -139,7 +151,7 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 3_000
         update=update,
         data=data,
         config={"preset": config.name, "dit": dataclasses.asdict(config.dit), "stage": dataclasses.asdict(settings)},
-        evaluate=lambda state: {"loss": float(held_out_loss(state.ema, data()))},
+        evaluate=lambda state: {name: float(value) for name, value in held_out(state.ema, data()).items()},
         evaluate_every=200,
         sample=sample,
         sample_every=400,

@@ -13,7 +13,8 @@ from pikastream_jax.training import audio_pretrain, dit_pretrain
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.loop import run
 from pikastream_jax.training.optimiser import OptimiserConfig
-from tests.small import small_config
+from pikastream_jax.weights import safetensors_io
+from tests.small import small_config, small_models
 
 CONFIG = small_config()
 
@@ -44,8 +45,10 @@ def test_it_hears_what_can_be_heard_and_the_dit_starts_from_it(corpus_file, tmp_
     assert figures["r_mouth_open"] > 0.9
     assert all(abs(figures[f"r_{name}"]) < 0.3 for name in TRACKS[1:]), "noise cannot be heard"
 
-    pretrain = dit_pretrain.build(CONFIG, 0, {"audio": tmp_path / "run"}, updates=100)
+    text = tmp_path / "text.safetensors"
+    safetensors_io.save(text, {"text": small_models(CONFIG)[1].denoiser["text"]}, dtype=jnp.float32)
+    pretrain = dit_pretrain.build(CONFIG, 0, {"audio": tmp_path / "run", "text": text}, updates=100)
     started = pretrain.init().params["audio"]
     jax.tree.map(np.testing.assert_array_equal, started, load_weights(tmp_path / "run")["audio"])
-    untrained = dit_pretrain.build(CONFIG, 0, {}, updates=100).init().params["audio"]
+    untrained = dit_pretrain.build(CONFIG, 0, {"text": text}, updates=100).init().params["audio"]
     assert any(jnp.abs(a - b).max() > 0.01 for a, b in zip(jax.tree.leaves(started), jax.tree.leaves(untrained), strict=True))

@@ -12,9 +12,11 @@ import safetensors
 from small_corpus import small_corpus
 
 import configs
-from pikastream_jax.data.corpus import save_corpus
+from pikastream_jax.data.corpus import save_corpus, window
 from pikastream_jax.data.face import FaceState
+from pikastream_jax.measuring.estimator import READERS
 from pikastream_jax.training import clips
+from pikastream_jax.training.latent_reader import COLUMNS
 from pikastream_jax.weights import safetensors_io
 from tests.small import small_config, small_models
 
@@ -115,6 +117,20 @@ def test_training_latents_are_normalised_by_the_stored_statistics(file):
     with safetensors.safe_open(file, framework="numpy") as stored:
         np.testing.assert_array_equal(stored.get_tensor("statistics.std"), statistics.std)
     assert (statistics.std > 1e-3).all() and np.abs(np.asarray(statistics.mean)).max() > 1e-3
+
+
+def test_the_truth_is_that_of_the_clips_own_sound_and_people(file):
+    """The opening is the speech's, mean over a latent frame; a person's features stay, and are another's than the next one's."""
+    made, corpus = clips.load_clips(file, "train"), small_corpus()
+    columns = list(COLUMNS)
+    mean, scale = READERS["mouth"].quantities["opening"]
+    for truth, start in zip(made.truth, made.speech_start, strict=True):
+        _, speech = window(jnp.asarray(corpus.mel), jnp.asarray(corpus.tracks), start, FRAMES, CONFIG.audio.mel_frames)
+        opening = np.asarray(speech.mouth_open).reshape(FRAMES, 4).mean(axis=1)
+        np.testing.assert_allclose(truth[:, columns.index("opening")] * scale + mean, opening, atol=1e-5)
+    features = made.truth[..., COLUMNS == "identity"]
+    assert np.ptp(features, axis=1).max() < 1e-5
+    assert (np.abs(features[0, 0] - features[1, 0]) > 1e-3).all()
 
 
 def test_people_and_motion_differ_and_faces_move(file):

@@ -6,19 +6,24 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from small_corpus import small_corpus
 
 from pikastream_jax.data.corpus import MEL_STEP
+from pikastream_jax.measuring.estimator import READERS
 from pikastream_jax.training import conditions, dit_causal, dit_data, dit_pretrain
 from pikastream_jax.training.clips import Clips
+from pikastream_jax.training.latent_reader import COLUMNS, EXPRESSION, reader_model
 from pikastream_jax.training.mesh import replicate
 from pikastream_jax.training.optimiser import OptimiserConfig
 from pikastream_jax.weights import safetensors_io
-from tests.small import small_config, small_models
+from tests.small import randomised, small_config, small_models
 
 CONFIG = small_config(chunk=3, window=3)  # 6 x 4 latents of 8 pixels
 LENGTH, COUNT = 12, 4
+OUTPUTS = sum(reader.outputs for reader in READERS.values())
+READER = reader_model(CONFIG)
 
 
 def coded_data():
@@ -33,12 +38,14 @@ def coded_data():
         latents=np.broadcast_to(value[..., None, None, None], (COUNT, LENGTH, 6, 4, 4)).astype(np.float16),
         reference=np.broadcast_to(1.0 + clip[:, None, None, None], (COUNT, 6, 4, 4)).astype(np.float16),
         boxes=boxes,
+        truth=np.broadcast_to(value[..., None] / 100, (COUNT, LENGTH, OUTPUTS)).astype(np.float32),
         speech_start=5 + clip,
         tokens=np.tile(10 + clip[:, None], (1, CONFIG.text.length)),
         valid=np.full(COUNT, 4),
     )
     clips = jax.tree.map(jnp.asarray, clips)
-    return {"train": clips, "held_out": clips, "mel": jnp.asarray(corpus.mel), "tracks": jnp.asarray(corpus.tracks)}
+    sound = {"mel": jnp.asarray(corpus.mel), "tracks": jnp.asarray(corpus.tracks)}
+    return {"train": clips, "held_out": clips, "reader": randomised(READER.abstract, 0)} | sound
 
 
 def level(batch):
@@ -60,6 +67,7 @@ def held_out():
 def test_held_out_clips_come_in_order_from_their_start(held_out):
     batch = held_out
     assert batch.latents[:, :, 0, 0, 0].tolist() == [[100 * c + f for f in range(6)] for c in (0, 1, 2, 3, 0)]
+    np.testing.assert_allclose(batch.truth[..., 0], batch.latents[..., 0, 0, 0] / 100, rtol=1e-6)
     assert batch.reference[:, 0, 0, 0].tolist() == [1, 2, 3, 4, 1]
     assert batch.tokens[:, 0].tolist() == [10, 11, 12, 13, 10]
     assert batch.valid.tolist() == [4] * 5 and batch.keep_audio.all(), "nothing is dropped"
@@ -130,7 +138,11 @@ def test_a_crop_is_the_same_part_of_video_reference_and_weight():
         np.testing.assert_array_equal(batch.reference[row], whole.reference[row, y : y + 4, x : x + 2])
         part = whole.weight[row, :, y : y + 4, x : x + 2]
         np.testing.assert_allclose(batch.weight[row], part / part.mean(axis=(1, 2), keepdims=True), rtol=1e-5)
+        # The boxes stay on the same pixels: their first corner, seen from the part's own.
+        np.testing.assert_allclose(batch.boxes[row, 0, 0, :2], [9 - 8 * y, 8 - 8 * x])
+        np.testing.assert_allclose(batch.boxes[row, 0, 1, 2:], [7.5 - 8 * y, 32 - 8 * x])
     np.testing.assert_array_equal(batch.mel, whole.mel)
+    np.testing.assert_array_equal(batch.truth, whole.truth)
 
 
 def test_random_chunks():
@@ -179,11 +191,18 @@ def test_what_the_causal_loss_asks():
         valid=jnp.ones(b, jnp.int32),
         keep_audio=jnp.ones(b, bool),
         weight=jnp.asarray(rng.uniform(0.5, 2, (b, f, 6, 4)), jnp.float32),
+        boxes=jnp.zeros((b, f, 2, 4)),
+        truth=jnp.zeros((b, f, OUTPUTS)),
     )
+
+    def mean_of_latents(latents, boxes, truth):
+        """A reader whose every number is the mean of the latent frame."""
+        return jnp.broadcast_to(latents.mean(axis=(2, 3, 4))[..., None], (b, f, OUTPUTS))
+
     config = small_config(chunk=3, window=3, steps=4, shift=2.0)
     chunk_ids = jnp.arange(f)[None] // jnp.array([[3], [2]] * 4)
     model = types.SimpleNamespace(bind=lambda params: Silent())
-    loss = dit_causal.causal_loss(config, model, {}, batch, jax.random.key(0), chunk_ids)
+    parts = dit_causal.causal_losses(config, model, {}, batch, jax.random.key(0), chunk_ids, mean_of_latents)
 
     solver = np.array([1, 6 / 7, 2 / 3, 2 / 5], np.float32)  # four steps, shift 2, by hand
     t_context, t_query = asked["t"][:, :f], asked["t"][:, f:]
@@ -204,7 +223,10 @@ def test_what_the_causal_loss_asks():
         assert abs(noise.mean()) < 0.05 and noise.std() == pytest.approx(1, abs=0.05)
     assert abs(np.corrcoef(noises[0].ravel(), noises[1].ravel())[0, 1]) < 0.05, "the copies have noise of their own"
     expected = np.mean(np.asarray(batch.weight) * ((noises[1] - np.asarray(batch.latents)) ** 2).mean(-1))
-    assert loss == pytest.approx(expected, rel=1e-4)
+    assert parts["loss"] == pytest.approx(expected, rel=1e-4)
+    # A velocity of zero leaves x_t where it is, and its mean is misread by that much.
+    misread = (asked["latents"][:, f:] - np.asarray(batch.latents)).mean(axis=(2, 3, 4)) ** 2
+    assert parts["identity"] == pytest.approx(misread.mean(), rel=1e-4) == parts["expression"]
 
     np.testing.assert_array_equal(asked["audio"], np.concatenate([batch.mel, batch.mel], axis=1)[None])
     np.testing.assert_array_equal(asked["chunk_ids"], chunk_ids)
@@ -258,7 +280,35 @@ def test_a_stage_learns(stage_module, settings, teacher, held_out, monkeypatch):
     assert np.mean(losses[-5:]) < 0.75 * losses[0]
     moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), state.params, first.params)
     still = [name for name, value in safetensors_io.flatten(moved).items() if value == 0]
-    assert not still, "every parameter takes part"
+    assert still, "the text encoder is kept"
+    assert all(name.startswith("text.") for name in still), "every other parameter takes part"
+    assert set(still) == {name for name in safetensors_io.flatten(moved) if name.startswith("text.")}
+
+
+@pytest.mark.parametrize("kind", ["identity", "expression"])
+def test_what_the_reader_misreads_moves_the_weights(kind, teacher, monkeypatch):
+    """Both stages descend on it: without the velocity's error, a reader of one kind alone moves the denoiser, a silent one does not."""
+    columns = COLUMNS == "identity" if kind == "identity" else np.isin(COLUMNS, list(EXPRESSION))
+    for module in (dit_pretrain, dit_causal):
+        monkeypatch.setattr(module, "weighted_velocity_loss", lambda *arguments: jnp.zeros(()))
+        monkeypatch.setattr(module, "make_optimiser", lambda *arguments: optax.sgd(1.0))
+        stage = module.build(CONFIG, 0, {"denoiser": teacher}, updates=1)
+        update = jax.jit(stage.update)
+        for heard, moves in ((columns, True), (np.zeros_like(columns), False)):
+            data, state, first = learnable_data(), stage.init(), 0
+            for reader in READERS:
+                stop = first + READERS[reader].outputs
+                last = data["reader"][reader][len(data["reader"][reader]) - 1]
+                last["kernel"] = last["kernel"] * heard[first:stop]
+                first = stop
+            after, _ = update(replicate(state), jax.random.key(0), replicate(data))
+            moved = np.abs(np.asarray(after.params["dit"]["head"]["projection"]["kernel"])).max()
+            assert (moved > 1e-6) == moves, (module, moved)
+
+
+def test_pre_training_without_a_text_encoder_is_refused():
+    with pytest.raises(ValueError, match="needs --init text=PATH"):
+        dit_pretrain.build(CONFIG, 0, {}, updates=100)
 
 
 def test_a_quarter_of_the_pre_training_stands_at_pure_noise(teacher, monkeypatch):

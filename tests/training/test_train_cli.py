@@ -49,9 +49,9 @@ def test_a_stage_trains_in_two_stretches(monkeypatch, tmp_path, capsys):
         (["build_nan"], "at step 7 loss is nan"),
         (["build", "--steps", "0"], "steps must be above 0, got 0"),
         (["build", "--cpu-devices", "0"], "--cpu-devices 0 must be at least 1"),
-        (["dit_causal", "--init", "clips=."], "dit_causal needs --init flash_vae=PATH; it takes clips, flash_vae, denoiser"),
+        (["dit_causal", "--init", "clips=."], "dit_causal needs --init flash_vae=PATH; it takes clips, flash_vae, reader, denoiser"),
         (["audio_pretrain", "--init", "denoiser=."], "audio_pretrain takes no --init denoiser; it takes none"),
-        (["dit_pretrain", "--init", "clips=.", "flash_vae=.", "denoizer=."], "dit_pretrain takes no --init denoizer"),
+        (["dit_pretrain", "--init", "clips=.", "flash_vae=.", "reader=.", "denoizer=."], "dit_pretrain takes no --init denoizer"),
         (["build", "--updates", "0"], "--updates 0 must be at least 1"),
     ],
 )

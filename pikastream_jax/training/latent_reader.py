@@ -1,0 +1,173 @@
+"""What the face in a latent frame is and does, read off the latents: a measure of error that sees what people look at.
+
+A full smile changes a clip's latents by a tenth of what a turn of the head by five degrees does, so a squared error of latents hardly
+asks for it, nor for the finer features of a face. The reader turns latents into the numbers that the renderer was told, each at unit
+variance over people; the DiT's stages then pay for every misread number alike. The same idea as a face recogniser's loss in
+avatar systems that train on real video, where it sees pixels.
+
+The reader is told where mouth and eyes are and how the head stands, so that all it has to say is what is there. It is not the
+estimator that `evaluate` measures with: that one reads pixels, finds the face itself, and has never seen a latent.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from pikastream_jax.config import Config
+from pikastream_jax.measuring.estimator import READERS
+from pikastream_jax.nn.layers import Functional, Params, functional, initial_params
+from pikastream_jax.training.checkpoint import load_weights
+from pikastream_jax.training.dit_data import CROP, DiTBatch, draw_batch, load_data
+from pikastream_jax.training.loop import Stage, TrainState
+from pikastream_jax.training.mesh import split_batch
+from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
+from pikastream_jax.weights.safetensors_io import restore_into
+
+# What the face does, and each quantity's share of the error. Captions ask for a smile, brows and a gaze; where the eyes jump and when
+# they blink nobody can foretell, and the lips are learned without this.
+EXPRESSION = {
+    "smile": 0.4, "brow_raise": 0.15, "brow_furrow": 0.1, "gaze_x": 0.1, "gaze_y": 0.1, "blink": 0.05, "opening": 0.05, "width": 0.05,
+}  # fmt: skip
+TOLD = ("yaw", "pitch", "roll")
+# Height and width around the box of each (of "whole": between mouth and eyes), as fractions of the picture's height.
+_WINDOWS = {"whole": (0.75, 0.625), "eyes": (0.3125, 0.5), "mouth": (0.375, 0.4375)}
+_HIDDEN = (384, 192)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReaderConfig:
+    """Settings of the stage."""
+
+    batch: int = 48  # clips
+    latent_frames: int = 5
+    noise: float = 0.3  # largest standard deviation of the noise in what is read
+    ema: float = 0.99
+    optimiser: OptimiserConfig = OptimiserConfig(learning_rate=2e-3, warmup_steps=50, decay="linear")
+
+
+# What every column of `true_readings` is.
+COLUMNS = np.array([kind for reader in READERS.values() for kind in (*reader.quantities, *["identity"] * reader.features)])
+_SHARES = {
+    "identity": (COLUMNS == "identity") / np.sum(COLUMNS == "identity"),
+    "expression": np.array([EXPRESSION.get(column, 0.0) for column in COLUMNS]),
+}
+_TOLD = np.isin(COLUMNS, TOLD)
+
+
+class LatentReader(nnx.Module):
+    """One MLP each for the whole face, the eyes and the mouth, over the latents around it."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.stride = config.flash_vae.spatial_stride
+        self.windows = {name: tuple(round(config.latent_grid[0] * share) for share in window) for name, window in _WINDOWS.items()}
+        for name, (rows, columns) in self.windows.items():
+            inputs = rows * columns * config.dit.latent_channels + 6 + len(TOLD)
+            widths = (inputs, *_HIDDEN, READERS[name].outputs)
+            layers = [nnx.Linear(a, b, rngs=rngs) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+            setattr(self, name, nnx.List(layers))
+
+    def __call__(self, latents: Float[Array, "b f r c z"], boxes: Float[Array, "b f 2 4"], truth: Float[Array, "b f o"]) -> Float[Array, "b f o"]:
+        """The readings.
+
+        Args:
+          boxes: of mouth and eyes in pixels of the picture that the latents show.
+          truth: in the order of `true_readings`; of it only the head's pose is looked at.
+        """
+        b, f, *grid = latents.shape
+        latents = latents.reshape(b * f, *grid)
+        mouth, eyes = jnp.moveaxis(boxes.reshape(b * f, 2, 2, 2).mean(axis=2) / self.stride, 1, 0)  # middles
+        pose = truth.reshape(b * f, -1)[:, _TOLD]
+        between = mouth - eyes  # tells how large the face is
+        said = []
+        for name, middle in (("whole", (mouth + eyes) / 2), ("eyes", eyes), ("mouth", mouth)):
+            corner = jnp.round(middle - jnp.array(self.windows[name]) / 2).astype(jnp.int32)
+            near = jax.vmap(functools.partial(_window, size=self.windows[name]))(latents, corner)
+            x = jnp.concatenate([near.reshape(b * f, -1), middle - corner, between, mouth - middle, pose], axis=-1)
+            *hidden, last = getattr(self, name)
+            for layer in hidden:
+                x = jax.nn.gelu(layer(x))
+            said.append(last(x))
+        return jnp.concatenate(said, axis=-1).reshape(b, f, -1)
+
+
+def _window(latents: Float[Array, "r c z"], corner: Float[Array, "2"], size: tuple[int, int]) -> Float[Array, "h w z"]:
+    """Part of the latents, zero where it reaches beyond them."""
+    margin = max(size)
+    padded = jnp.pad(latents, ((margin, margin), (margin, margin), (0, 0)))
+    return jax.lax.dynamic_slice(padded, (corner[0] + margin, corner[1] + margin, 0), (*size, latents.shape[-1]))
+
+
+def reading_error(said: Float[Array, "b f o"], true: Float[Array, "b f o"]) -> dict[str, Float[Array, ""]]:
+    """Squared error of the face's own features (their mean) and of its expression (shares of `EXPRESSION`)."""
+    error = jnp.mean((said - true) ** 2, axis=(0, 1))
+    return {name: error @ jnp.asarray(shares, jnp.float32) for name, shares in _SHARES.items()}
+
+
+def misreading(
+    reader: LatentReader, batch: DiTBatch, velocity: Float[Array, "b f r c z"], noise: Float[Array, "b f r c z"], t: Float[Array, "b f"]
+) -> dict[str, Float[Array, ""]]:
+    """`reading_error` of the clean latents that a velocity at x_t points to, against those of the truth.
+
+    Near t = 0, where the two hardly differ, it is next to nothing.
+    """
+    predicted = batch.latents - t[:, :, None, None, None] * (velocity - (noise - batch.latents))
+    true = jax.lax.stop_gradient(reader(batch.latents, batch.boxes, batch.truth))
+    return reading_error(reader(predicted, batch.boxes, batch.truth), true)
+
+
+def reader_model(config: Config) -> Functional:
+    """The reader as a function of its parameters."""
+    return functional(lambda rngs: LatentReader(config, rngs=rngs))
+
+
+def load_reader(config: Config, path: Path) -> Params:
+    """The parameters of a `LatentReader` from a run or a .safetensors file."""
+    return restore_into(reader_model(config).abstract, load_weights(path))
+
+
+def build(config: Config, seed: int, init: dict[str, Path], updates: int = 1_000) -> Stage:
+    """The stage `latent_reader`. `init` names `clips`."""
+    settings = ReaderConfig()
+    model = reader_model(config)
+    optimiser = make_optimiser(model.abstract, settings.optimiser, updates)
+
+    def initial_state() -> TrainState:
+        return TrainState.start(initial_params(lambda rngs: LatentReader(config, rngs=rngs), jax.random.key(seed)), optimiser)
+
+    def loss(params: Params, latents: Float[Array, "b f r c z"], batch: DiTBatch) -> tuple[Float[Array, ""], dict]:
+        parts = reading_error(model.bind(params)(latents, batch.boxes, batch.truth), batch.truth)
+        value = sum(parts.values())
+        return value, {"loss": value} | parts
+
+    def update(state: TrainState, key: Array, data: dict) -> tuple[TrainState, dict]:
+        k_data, k_level, k_noise = jax.random.split(key, 3)
+        batch = split_batch(draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames, crop=CROP))
+        level = jax.random.uniform(k_level, (settings.batch, settings.latent_frames, 1, 1, 1), minval=-settings.noise, maxval=settings.noise)
+        latents = batch.latents + jnp.maximum(level, 0.0) * jax.random.normal(k_noise, batch.latents.shape)
+        gradient, parts = jax.grad(loss, has_aux=True)(state.params, latents, batch)
+        return state.descend(gradient, optimiser, settings.ema), parts
+
+    data = functools.cache(lambda: load_data(init["clips"]))
+
+    @jax.jit
+    def held_out(params, data):
+        batch = draw_batch(config, data, "held_out", jax.random.key(0), 24, data["held_out"].latents.shape[1], train=False)
+        return loss(params, batch.latents, batch)[1]
+
+    return Stage(
+        name="latent_reader",
+        total_steps=updates,
+        seed=seed,
+        init=initial_state,
+        update=update,
+        data=data,
+        config={"preset": config.name, "stage": dataclasses.asdict(settings)},
+        evaluate=lambda state: {name: float(value) for name, value in held_out(state.ema, data()).items()},
+        evaluate_every=250,
+    )

@@ -1,0 +1,110 @@
+"""The latent reader: it looks where it is told, learns what is there, and the DiT pays for what is misread."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pikastream_jax.data.face import neutral_state, sample_identity
+from pikastream_jax.measuring.estimator import READERS, true_readings
+from pikastream_jax.nn.layers import initial_params
+from pikastream_jax.training import latent_reader
+from pikastream_jax.training.clips import Clips
+from pikastream_jax.training.dit_data import DiTBatch
+from tests.small import small_config
+
+CONFIG = small_config(height=128, width=128)  # 16 x 16 latents of 8 pixels
+OUTPUTS = sum(reader.outputs for reader in READERS.values())
+MODEL = latent_reader.reader_model(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return initial_params(lambda rngs: latent_reader.LatentReader(CONFIG, rngs=rngs), jax.random.key(0))
+
+
+def batch_of(latents, boxes, truth):
+    b, f = latents.shape[:2]
+    nothing = jnp.zeros((b, f))
+    return DiTBatch(latents, latents[:, 0], nothing, nothing, nothing, nothing, nothing, boxes, truth)
+
+
+def example(b=2, f=3, rows=12):
+    rng = np.random.default_rng(0)
+    middles = rng.uniform([50, 40], [60, 60], (b, f, 2, 2)) + [[[[20, 0], [-10, 0]]]]
+    boxes = np.concatenate([middles - 8, middles + 8], axis=-1)
+    latents = rng.normal(size=(b, f, rows, rows, CONFIG.dit.latent_channels))
+    return tuple(jnp.asarray(x, jnp.float32) for x in (latents, boxes, rng.normal(size=(b, f, OUTPUTS))))
+
+
+def test_truth_has_the_readers_order():
+    """A state that smiles and turns differs from rest in those columns of mouth and whole, and in where things are."""
+    identity, rest = sample_identity(jax.random.key(0)), neutral_state()
+    changed = true_readings(identity, dataclasses.replace(rest, smile=jnp.float32(1.0), yaw=jnp.float32(0.2))) - true_readings(identity, rest)
+    assert changed.shape == (OUTPUTS,)
+    moved = set(latent_reader.COLUMNS[np.abs(np.asarray(changed)) > 1e-6])
+    assert {"smile", "yaw"} <= moved <= {"smile", "yaw", "width", "mouth_x", "mouth_y", "eyes_x", "eyes_y"}
+    smile = float(changed[latent_reader.COLUMNS == "smile"][0])
+    assert smile == pytest.approx(1 / READERS["mouth"].quantities["smile"][1])
+
+
+def test_it_looks_where_the_boxes_are(params):
+    """Latents far from the mouth don't change what the mouth's reader says; the same face elsewhere reads the same."""
+    latents, boxes, truth = example()
+    read = jax.jit(lambda latents, boxes: MODEL.bind(params)(latents, boxes, truth))
+    said = read(latents, boxes)
+    assert said.shape == (2, 3, OUTPUTS) and np.std(said) > 0.1
+    far = read(latents.at[:, :, :3].add(1.0), boxes)  # rows above the eyes
+    mouth = slice(-READERS["mouth"].outputs, None)
+    np.testing.assert_allclose(far[..., mouth], said[..., mouth], atol=1e-5)
+    assert np.abs(far - said).max() > 0.01
+    # Two latents to the right and one down, latents and boxes alike; a frame of zeros hides what leaves the picture.
+    framed = jnp.pad(latents, ((0, 0), (0, 0), (6, 6), (6, 6), (0, 0)))
+    here, there = boxes + 6 * 8, boxes + 6 * 8 + jnp.array([8.0, 16.0, 8.0, 16.0])
+    np.testing.assert_allclose(read(jnp.roll(framed, (1, 2), (2, 3)), there), read(framed, here), atol=1e-4)
+
+
+def test_misreading_by_hand(params):
+    """The error is that of x_t - t v against the clean latents, and a right velocity costs nothing."""
+    latents, boxes, truth = example()
+    noise, velocity = jax.random.normal(jax.random.key(1), (2, *latents.shape))
+    t = jnp.array([[1.0, 0.5, 0.1], [0.9, 0.3, 0.0]])
+    reader = MODEL.bind(params)
+    result = latent_reader.misreading(reader, batch_of(latents, boxes, truth), velocity, noise, t)
+    x_t = (1 - t[:, :, None, None, None]) * latents + t[:, :, None, None, None] * noise
+    said = reader(x_t - t[:, :, None, None, None] * velocity, boxes, truth)
+    error = np.asarray(said - reader(latents, boxes, truth)) ** 2
+    identity = latent_reader.COLUMNS == "identity"
+    assert identity.sum() == 32
+    np.testing.assert_allclose(result["identity"], error[..., identity].mean(), rtol=1e-4)
+    expected = sum(share * error[..., list(latent_reader.COLUMNS).index(name)].mean() for name, share in latent_reader.EXPRESSION.items())
+    np.testing.assert_allclose(result["expression"], expected, rtol=1e-4)
+    assert sum(latent_reader.EXPRESSION.values()) == pytest.approx(1.0)
+    right = latent_reader.misreading(reader, batch_of(latents, boxes, truth), noise - latents, noise, t)
+    assert max(right.values()) < 1e-8
+    slope = jax.grad(lambda clean: latent_reader.misreading(reader, batch_of(clean, boxes, truth), noise - latents, noise, 0 * t)["identity"])(latents)
+    assert np.isfinite(slope).all()
+
+
+def test_it_learns_and_is_told_nothing_that_it_should_say():
+    """On four clips the error falls to less than half; of the truth it sees the pose alone."""
+    stage = latent_reader.build(CONFIG, 0, {}, updates=60)
+    b, length = 4, 6
+    latents, boxes, truth = example(b, length, rows=16)
+    mel = np.zeros((60 * 16, CONFIG.audio.mels), np.uint8)
+    clips = Clips(
+        latents=latents.astype(jnp.float16), reference=latents[:, 0].astype(jnp.float16), boxes=boxes, truth=truth,
+        speech_start=jnp.arange(b), tokens=jnp.zeros((b, CONFIG.text.length), jnp.int32), valid=jnp.ones(b, jnp.int32),
+    )  # fmt: skip
+    data = {"train": clips, "held_out": clips, "mel": jnp.asarray(mel), "tracks": jnp.zeros((240, 5), jnp.uint8)}
+    update, state, losses = jax.jit(stage.update), stage.init(), []
+    for step in range(40):
+        state, metrics = update(state, jax.random.fold_in(jax.random.key(0), step), data)
+        state = dataclasses.replace(state, step=state.step + 1)
+        losses.append(float(metrics["loss"]))
+    assert np.mean(losses[-5:]) < 0.5 * losses[0], losses
+    reader = MODEL.bind(state.params)
+    hidden = truth.at[..., ~np.isin(latent_reader.COLUMNS, latent_reader.TOLD)].set(0.0)
+    np.testing.assert_array_equal(reader(latents, boxes, truth), reader(latents, boxes, hidden))
