@@ -5,6 +5,7 @@ Run the same command again to continue a run that was stopped by time, by Ctrl-C
 
 import dataclasses
 import importlib
+import inspect
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -64,6 +65,8 @@ class Arguments:
     """Everything random follows from it."""
     updates: int | None = None
     """Length of the whole run, for which the learning rate's fall is laid out; by default the stage's own."""
+    learning_rate: float | None = None
+    """Of the DiT's stages: the highest rate; a stretch that starts from trained weights wants a lower one than the stage's own."""
     steps: int | None = None
     """Stop after this many updates; the run can be continued."""
     minutes: float | None = None
@@ -94,8 +97,11 @@ def main() -> int:
         build = getattr(importlib.import_module(module), function)
         if arguments.updates is not None and arguments.updates < 1:
             raise ValueError(f"--updates {arguments.updates} must be at least 1")
-        length = {} if arguments.updates is None else {"updates": arguments.updates}
-        stage = build(preset(arguments.config), arguments.seed, init, **length)
+        asked = {name: getattr(arguments, name) for name in ("updates", "learning_rate")}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        if "learning_rate" in asked and "learning_rate" not in inspect.signature(build).parameters:
+            raise ValueError(f"{arguments.stage} takes no --learning-rate; leave it out")
+        stage = build(preset(arguments.config), arguments.seed, init, **asked)
         try:
             run(stage, arguments.out, minutes=arguments.minutes, steps=arguments.steps)
         except NonFiniteError as error:

@@ -1,4 +1,4 @@
-"""The DiT with the encoders that are trained together with it."""
+"""The DiT with the encoders of sound and prompt that belong to it."""
 
 import jax.numpy as jnp
 from flax import nnx

@@ -1,4 +1,4 @@
-"""Token numbers -> text tokens; trained together with the DiT."""
+"""Token numbers -> text tokens; trained before the DiT (`training/text_pretrain.py`) and kept as it then is."""
 
 import functools
 

@@ -39,7 +39,7 @@ class CausalConfig:
 
     batch: int = 6
     latent_frames: int = 9  # the last chunk of three sees the whole window, as in a stream
-    reading: float = 0.5  # weight of what the latent reader misreads
+    reading: float = 0.7  # weight of what the latent reader misreads
     ema: float = 0.99
     optimiser: OptimiserConfig = OptimiserConfig(learning_rate=1.5e-3, warmup_steps=20, decay="linear")
 
@@ -105,9 +105,11 @@ def sample_causal(
     return jnp.concatenate(chunks, axis=1)
 
 
-def build(config: Config, seed: int, init: dict[str, Path], updates: int = 500) -> Stage:
+def build(config: Config, seed: int, init: dict[str, Path], updates: int = 500, learning_rate: float | None = None) -> Stage:
     """The stage. `init` names `clips`, `reader`, `flash_vae` (for pictures) and `denoiser`, the pre-trained teacher."""
     settings = CausalConfig()
+    if learning_rate is not None:
+        settings = dataclasses.replace(settings, optimiser=dataclasses.replace(settings.optimiser, learning_rate=learning_rate))
     model = functional(lambda rngs: Denoiser(config, rngs=rngs))
     reader = reader_model(config)
     optimiser = make_optimiser(model.abstract, settings.optimiser, updates)

@@ -30,7 +30,7 @@ class PretrainConfig:
     batch: int = 24
     latent_frames: int = 3
     shift: float = 3.0  # of the logit-normal timesteps
-    reading: float = 0.5  # weight of what the latent reader misreads
+    reading: float = 0.7  # weight of what the latent reader misreads
     pure_noise: float = 0.25  # share of rows at t = 1, where the conditions alone tell what to draw and logit-normal timesteps hardly come
     ema: float = 0.99
     optimiser: OptimiserConfig = OptimiserConfig(learning_rate=3e-3, warmup_steps=50, decay="linear")
@@ -76,7 +76,7 @@ def sample_bidirectional(
     return jax.lax.scan(euler, start, (times[:-1], times[1:]))[0]
 
 
-def build(config: Config, seed: int, init: dict[str, Path], updates: int = 3_000) -> Stage:
+def build(config: Config, seed: int, init: dict[str, Path], updates: int = 3_000, learning_rate: float | None = None) -> Stage:
     """The stage. `init` names `clips`, `reader` and `flash_vae` (for pictures), and may name a `denoiser` to start from and, as `audio` and
     `text`, runs of `audio_pretrain` and `text_pretrain` whose encoders take the place of its own.
 
@@ -86,6 +86,8 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 3_000
     if not {"denoiser", "text"} & init.keys():
         raise ValueError("dit_pretrain needs --init text=PATH, a run of text_pretrain, or denoiser=PATH: it trains no text encoder")
     settings = PretrainConfig()
+    if learning_rate is not None:
+        settings = dataclasses.replace(settings, optimiser=dataclasses.replace(settings.optimiser, learning_rate=learning_rate))
 
     def build_model(rngs):
         return Denoiser(config, rngs=rngs)

@@ -18,8 +18,9 @@ from jaxtyping import Array, PyTree
 
 from pikastream_jax.training.mesh import split_batch
 
-# Parts of a path that mark a matrix as an input, output, embedding or modulation one.
-ADAMW_NAMES = ("embed", "norm", "modulation", "adaln", "table", "head", "patch")
+# Parts of a path that mark a matrix as an input, output, embedding or modulation one. The attention to prompts is with them because
+# what a prompt changes is little: Muon makes the gradient's noise as large as the little that is meant, and nothing was learned.
+ADAMW_NAMES = ("embed", "norm", "modulation", "adaln", "table", "head", "patch", "text_attention")
 # Keys under which a model keeps blocks stacked on a leading axis: `{"blocks": {"mlp": {"kernel": [layers, in, out]}}}`.
 STACK_NAMES = ("blocks", "layers")
 

@@ -306,6 +306,15 @@ def test_what_the_reader_misreads_moves_the_weights(kind, teacher, monkeypatch):
             assert (moved > 1e-6) == moves, (module, moved)
 
 
+@pytest.mark.parametrize("module", [dit_pretrain, dit_causal])
+def test_the_rate_that_is_asked_for_is_the_rate(module, teacher):
+    """It stands in the run's record, and a rate that cannot be is refused by name."""
+    rates = [module.build(CONFIG, 0, {"denoiser": teacher}, 100, rate).config["stage"]["optimiser"]["learning_rate"] for rate in (2e-4, None)]
+    assert rates[0] == 2e-4 != rates[1]
+    with pytest.raises(ValueError, match="learning_rate must be above 0, got -1"):
+        module.build(CONFIG, 0, {"denoiser": teacher}, 100, -1.0)
+
+
 def test_pre_training_without_a_text_encoder_is_refused():
     with pytest.raises(ValueError, match="needs --init text=PATH"):
         dit_pretrain.build(CONFIG, 0, {}, updates=100)

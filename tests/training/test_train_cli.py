@@ -53,6 +53,7 @@ def test_a_stage_trains_in_two_stretches(monkeypatch, tmp_path, capsys):
         (["audio_pretrain", "--init", "denoiser=."], "audio_pretrain takes no --init denoiser; it takes none"),
         (["dit_pretrain", "--init", "clips=.", "flash_vae=.", "reader=.", "denoizer=."], "dit_pretrain takes no --init denoizer"),
         (["build", "--updates", "0"], "--updates 0 must be at least 1"),
+        (["build", "--learning-rate", "1e-3"], "build takes no --learning-rate"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_exit_1(monkeypatch, tmp_path, capsys, arguments, message):
