@@ -176,9 +176,16 @@ def main() -> None:
 
 
 def load_clips(path: Path, split: str) -> Clips:
-    """Clips of one split ("train" or "held_out") of a file made by this module."""
+    """Clips of one split ("train" or "held_out") of a file made by this module.
+
+    Raises:
+      ValueError: the file lacks arrays that clips have.
+    """
     with safetensors.safe_open(path, framework="numpy") as file:
-        return Clips(**{field.name: file.get_tensor(f"{split}.{field.name}") for field in dataclasses.fields(Clips)})
+        wanted = {field.name: f"{split}.{field.name}" for field in dataclasses.fields(Clips)}
+        if missing := set(wanted.values()) - set(file.keys()):
+            raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: make the clips anew with pikastream_jax.training.clips")
+        return Clips(**{name: file.get_tensor(key) for name, key in wanted.items()})
 
 
 def load_clip_record(path: Path, length: int) -> tuple[Tokenizer, LatentStatistics]:

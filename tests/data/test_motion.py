@@ -83,6 +83,15 @@ def test_style_is_seen_in_every_clip(speech, attribute, value, name, sign):
     assert (sign * (with_style - without) > 0.06).all()
 
 
+def test_a_head_that_is_asked_for_nothing_stays_near_where_it_rests(speech):
+    """In radians: the liveliest head's usual turn is some four degrees, the stillest one's a degree."""
+    plain = {"emotion": "neutral", "gaze": "camera", "tilt": "none", "gesture": "none"}
+    for activity, low, high in (("still", 0.01, 0.035), ("lively", 0.03, 0.085)):
+        state = moved(speech, **plain, movement=activity)
+        assert low < np.asarray(state.yaw).std() < high
+        assert np.asarray(state.roll).std() < 0.6 * high  # the pitch also follows the voice
+
+
 def test_eyes_keep_to_the_camera_most_of_the_time(speech):
     state = moved(speech, gaze="camera", gesture="none")
     # Gaze plus the turn of the head, in gaze units: where the eyes point in the picture.

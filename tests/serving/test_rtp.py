@@ -88,15 +88,16 @@ def test_gstreamer_opens_the_sdp_and_decodes_both(tmp_path):
     receiver = threading.Thread(target=receive, daemon=True)
     receiver.start()
     argv = ["--audio", str(tmp_path / "speech.wav"), "--image", str(tmp_path / "face.png"), "--sdp", str(sdp)]
-    assert main([*argv, "--output", f"rtp://127.0.0.1:{free_port()}"], lambda weights=None: FakeGenerator()) == 0
-    receiver.join(10)
-    (player,) = players
-    time.sleep(0.5)  # its jitter buffer holds a tenth of a second
-    player.send_signal(signal.SIGINT)  # with -e: it ends the stream, writes what it has and leaves
     try:
+        assert main([*argv, "--output", f"rtp://127.0.0.1:{free_port()}"], lambda weights=None: FakeGenerator()) == 0
+        receiver.join(10)
+        (player,) = players
+        time.sleep(0.5)  # its jitter buffer holds a tenth of a second
+        player.send_signal(signal.SIGINT)  # with -e: it ends the stream, writes what it has and leaves
         player.wait(10)
     finally:
-        player.kill()
+        for player in players:
+            player.kill()
     pictures = np.fromfile(frames, np.uint8).reshape(-1, 256, 256, 3)
     assert len(pictures) >= 50  # it joins with a key frame
     assert sum(picture[100:150, 100:150].mean() > 128 for picture in pictures) >= 2, "the flashes are seen"

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
+import safetensors.numpy
 from small_corpus import small_corpus
 
 import configs
@@ -140,6 +141,14 @@ def test_people_and_motion_differ_and_faces_move(file):
         for second in range(first):
             assert np.abs(people[first] - people[second]).mean() > 0.05
     assert (np.abs(np.diff(made.latents.astype(np.float32), axis=1)).max(axis=(1, 2, 3, 4)) > 1e-2).all()
+
+
+def test_a_file_of_another_kind_is_named_with_what_it_lacks(file, tmp_path):
+    with safetensors.safe_open(file, framework="numpy") as stored:
+        arrays = {key: stored.get_tensor(key) for key in stored.keys() if not key.endswith(".truth")}  # noqa: SIM118 (no iterator)
+    safetensors.numpy.save_file(arrays, tmp_path / "old.safetensors")
+    with pytest.raises(ValueError, match=r"old.safetensors lacks train.truth: make the clips anew"):
+        clips.load_clips(tmp_path / "old.safetensors", "train")
 
 
 def test_the_record_says_how_the_clips_were_made(file):

@@ -84,12 +84,10 @@ def test_misreading_by_hand(params):
     assert sum(latent_reader.EXPRESSION.values()) == pytest.approx(1.0)
     right = latent_reader.misreading(reader, batch_of(latents, boxes, truth), noise - latents, noise, t)
     assert max(right.values()) < 1e-8
-    slope = jax.grad(lambda clean: latent_reader.misreading(reader, batch_of(clean, boxes, truth), noise - latents, noise, 0 * t)["identity"])(latents)
-    assert np.isfinite(slope).all()
 
 
 def test_it_learns_and_is_told_nothing_that_it_should_say():
-    """On four clips the error falls to less than half; of the truth it sees the pose alone."""
+    """On four clips the error falls to less than half; of the truth's columns it sees the pose alone."""
     stage = latent_reader.build(CONFIG, 0, {}, updates=60)
     b, length = 4, 6
     latents, boxes, truth = example(b, length, rows=16)

@@ -19,6 +19,7 @@ def model_params():
     shapes = {
         ("blocks", 0, "attention", "qkv", "kernel"): ((8, 24), True),
         ("blocks", 0, "attention", "qkv", "bias"): ((24,), False),
+        ("blocks", 0, "text_attention", "q", "kernel"): ((8, 24), False),
         ("blocks", 0, "norm", "scale"): ((8,), False),
         ("blocks", 0, "modulation", "kernel"): ((8, 48), False),
         ("blocks", 1, "conv", "kernel"): ((3, 8, 8), False),
