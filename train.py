@@ -72,7 +72,7 @@ class Arguments:
     minutes: float | None = None
     """Stop after about this many minutes; the run can be continued."""
     cpu_devices: int = 1
-    """Without an accelerator: split the batch over this many cores, which is faster than one device on all of them."""
+    """Without an accelerator: split the batch over this many devices, one to a core; it gains little, see docs/training.md."""
     init: tuple[str, ...] = ()
     """Weights to start from, each NAME=PATH (a .safetensors file or a run folder), for example flash_vae=runs/vae."""
 

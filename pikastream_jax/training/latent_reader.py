@@ -169,6 +169,6 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 1_000
         update=update,
         data=data,
         config={"preset": config.name, "stage": dataclasses.asdict(settings)},
-        evaluate=lambda state: {name: float(value) for name, value in held_out(state.ema, data()).items()},
+        evaluate=lambda state: held_out(state.ema, data()),
         evaluate_every=250,
     )

@@ -71,7 +71,7 @@ class Stage:
         state donated. The loop counts `step` itself.
       data: loads the arrays that every update draws from, once at the start; an empty dict where data is made on the fly.
       config: JSON-able record of what was trained; a run is only continued with the same one.
-      evaluate: state -> floats on held-out data, `loss` among them; a function of the state alone.
+      evaluate: state -> scalars on held-out data, `loss` among them; a function of the state alone.
       evaluate_every: in updates; also done after the last one.
       sample: (state, path.png) -> None, draws a picture of what the model does now.
       sample_every: in updates; also done after the last one.
@@ -84,7 +84,7 @@ class Stage:
     update: Callable[[TrainState, Key[Array, ""], PyTree[Array]], tuple[TrainState, Metrics]]
     data: Callable[[], PyTree[Array]] = dict
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    evaluate: Callable[[TrainState], dict[str, float]] | None = None
+    evaluate: Callable[[TrainState], Metrics | dict[str, float]] | None = None
     evaluate_every: int = 500
     sample: Callable[[TrainState, Path], None] | None = None
     sample_every: int = 500

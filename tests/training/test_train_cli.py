@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ ROOT = Path(train.__file__).resolve().parent
 @pytest.fixture(autouse=True)
 def toy_stages(monkeypatch):
     """The toy stages under train.py's own registry."""
-    for name in ("build", "build_endless", "build_nan"):
+    for name in ("build", "build_endless", "build_nan", "build_rated"):
         monkeypatch.setitem(train.STAGES, name, train.Entry(f"toy_stage:{name}"))
 
 
@@ -37,6 +38,12 @@ def test_a_stage_trains_in_two_stretches(monkeypatch, tmp_path, capsys):
     assert "complete after 60 updates" in capsys.readouterr().err
     assert command_line(monkeypatch, "build", "--out", tmp_path, "--updates", "70") == 0
     assert "complete after 70 updates" in capsys.readouterr().err, "a finished run goes on when it is made longer"
+
+
+def test_the_learning_rate_reaches_a_stage_that_takes_one(monkeypatch, tmp_path):
+    for folder, asked, rate in (("given", ["--learning-rate", "2e-4"], 2e-4), ("own", [], None)):
+        assert command_line(monkeypatch, "build_rated", "--out", tmp_path / folder, "--steps", "1", *asked) == 0
+        assert json.loads((tmp_path / folder / "config.json").read_text())["config"]["rate"] == rate
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,12 @@ def build(config, seed, init_from, updates=60):
     return toy_stage(total_steps=updates, seed=seed)
 
 
+def build_rated(config, seed, init_from, learning_rate=None):
+    """Keeps the rate that it was asked for in the run's record."""
+    del config, init_from
+    return toy_stage(seed=seed, config={"rate": learning_rate})
+
+
 def build_endless(config, seed, init_from):
     del config, init_from
     return toy_stage(total_steps=10_000_000, seed=seed)
