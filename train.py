@@ -39,7 +39,7 @@ class Entry:
 STAGES = {
     "flash_vae_low_res": Entry("pikastream_jax.training.flash_vae:build_low_res", takes=("flash_vae",)),
     "flash_vae_streaming": Entry("pikastream_jax.training.flash_vae:build_streaming", takes=("flash_vae",)),
-    "flash_vae_decoder": Entry("pikastream_jax.training.flash_vae:build_decoder", needs=("flash_vae",)),
+    "flash_vae_decoder": Entry("pikastream_jax.training.flash_vae:build_decoder", needs=("flash_vae", "face_reader")),
     "audio_pretrain": Entry("pikastream_jax.training.audio_pretrain:build"),
     "text_pretrain": Entry("pikastream_jax.training.text_pretrain:build", needs=("clips",)),
     "latent_reader": Entry("pikastream_jax.training.latent_reader:build", needs=("clips",)),
@@ -47,6 +47,7 @@ STAGES = {
         "pikastream_jax.training.dit_pretrain:build", needs=("clips", "flash_vae", "reader"), takes=("denoiser", "audio", "text")
     ),
     "dit_causal": Entry("pikastream_jax.training.dit_causal:build", needs=("clips", "flash_vae", "reader", "denoiser")),
+    "dit_guidance": Entry("pikastream_jax.training.dit_guidance:build", needs=("clips", "flash_vae", "denoiser")),
     "face_estimator": Entry("pikastream_jax.training.face_estimator:build"),
 }
 
@@ -56,7 +57,7 @@ class Arguments:
     """Train one stage of pikastream-jax. The same command again continues a stopped run."""
 
     stage: Annotated[str, tyro.conf.Positional]
-    """One of flash_vae_low_res, flash_vae_streaming, flash_vae_decoder, audio_pretrain, text_pretrain, latent_reader, dit_pretrain, dit_causal, face_estimator."""
+    """One of flash_vae_low_res, flash_vae_streaming, flash_vae_decoder, audio_pretrain, text_pretrain, latent_reader, dit_pretrain, dit_causal, dit_guidance, face_estimator."""
     out: Path
     """Folder of the run: metrics, pictures, checkpoints."""
     config: str = "tiny"

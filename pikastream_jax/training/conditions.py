@@ -21,7 +21,15 @@ from pikastream_jax.diffusion.flow import interpolate
 from pikastream_jax.dit import Denoiser
 from pikastream_jax.nn.layers import Params, functional
 from pikastream_jax.training.checkpoint import load_weights
-from pikastream_jax.training.dit_data import DiTBatch, draw_batch, load_data, weighted_velocity_loss
+from pikastream_jax.training.dit_data import (
+    DiTBatch,
+    draw_batch,
+    load_data,
+    weighted_velocity_loss,
+    without_audio,
+    without_reference,
+    without_text,
+)
 from pikastream_jax.training.dit_pretrain import bidirectional_velocity
 from pikastream_jax.weights.safetensors_io import restore_into
 
@@ -43,28 +51,16 @@ class Arguments:
     """Preset in configs/."""
 
 
-def _no_text(batch: DiTBatch) -> DiTBatch:
-    return dataclasses.replace(batch, valid=jnp.ones_like(batch.valid))
-
-
 def _others_text(batch: DiTBatch) -> DiTBatch:
     return dataclasses.replace(batch, tokens=jnp.roll(batch.tokens, 1, 0), valid=jnp.roll(batch.valid, 1, 0))
 
 
-def _no_audio(batch: DiTBatch) -> DiTBatch:
-    return dataclasses.replace(batch, keep_audio=jnp.zeros_like(batch.keep_audio))
-
-
-def _no_reference(batch: DiTBatch) -> DiTBatch:
-    return dataclasses.replace(batch, reference=jnp.zeros_like(batch.reference))
-
-
 VARIANTS = {
     "all": lambda batch: batch,
-    "no text": _no_text,
+    "no text": without_text,
     "other's text": _others_text,
-    "no audio": _no_audio,
-    "no reference": _no_reference,
+    "no audio": without_audio,
+    "no reference": without_reference,
 }
 
 

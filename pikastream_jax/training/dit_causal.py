@@ -52,10 +52,24 @@ def random_chunks(key: Array, batch: int, frames: int, largest: int) -> Int[Arra
     return jnp.arange(frames) // size
 
 
-def causal_losses(
-    config: Config, model: Functional, params: Params, batch: DiTBatch, key: Array, chunk_ids: Int[Array, "b f"], reader: LatentReader
-) -> dict[str, Float[Array, ""]]:
-    """Of the query copy: `loss`, the velocity error, and what `misreading` gives."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TwoCopies:
+    """What the two copies of a batch show: the network's question, and what its answer is held against."""
+
+    x: Float[Array, "b 2f r c z"]  # context copy, query copy
+    t: Float[Array, "b 2f"]
+    query_noise: Float[Array, "b f r c z"]
+    chunk_ids: Int[Array, "b f"]
+    reference_distance: Float[Array, "b"]
+
+    @property
+    def t_query(self) -> Float[Array, "b f"]:
+        return self.t[:, self.chunk_ids.shape[1] :]
+
+
+def two_copies(config: Config, batch: DiTBatch, key: Array, chunk_ids: Int[Array, "b f"]) -> TwoCopies:
+    """Draws noise, the query copy's timesteps and the reference's place."""
     k_step, k_context, k_query, k_distance = jax.random.split(key, 4)
     b, f = chunk_ids.shape
     times = jnp.asarray(solver_timesteps(config.stream.steps, config.stream.shift))
@@ -64,26 +78,38 @@ def causal_losses(
     t_context = jnp.full((b, f), times[config.stream.steps - 1])
     context_noise = jax.random.normal(k_context, batch.latents.shape)
     query_noise = jax.random.normal(k_query, batch.latents.shape)
-    x = jnp.concatenate(
-        [interpolate(batch.latents, context_noise, t_context), interpolate(batch.latents, query_noise, t_query)], axis=1
-    )
+    x = [interpolate(batch.latents, context_noise, t_context), interpolate(batch.latents, query_noise, t_query)]
+    distance = jax.random.randint(k_distance, (b,), 4, 31).astype(jnp.float32)
+    return TwoCopies(jnp.concatenate(x, axis=1), jnp.concatenate([t_context, t_query], axis=1), query_noise, chunk_ids, distance)
+
+
+def causal_velocity(config: Config, model: Functional, params: Params, batch: DiTBatch, copies: TwoCopies) -> Float[Array, "b f r c z"]:
+    """The student's velocity of the query copy."""
     denoiser = model.bind(params)
     text, valid = denoiser.text_conditions(batch.tokens[:, None], batch.valid[:, None])
     once = denoiser.conditions(text, valid, batch.mel, batch.keep_audio)
     twice = dataclasses.replace(once, audio=jax.tree.map(lambda kv: jnp.concatenate([kv, kv], axis=2), once.audio))
     velocity = denoiser.dit.forward_sequence(
-        x,
-        jnp.concatenate([t_context, t_query], axis=1),
+        copies.x,
+        copies.t,
         twice,
         denoiser.dit.reference_keys_values(batch.reference),
-        chunk_ids=chunk_ids,
+        chunk_ids=copies.chunk_ids,
         window=config.stream.window,
-        reference_distance=jax.random.randint(k_distance, (b,), 4, 31).astype(jnp.float32),
+        reference_distance=copies.reference_distance,
         copies=2,
     )
-    velocity = velocity[:, f:]
-    value = weighted_velocity_loss(velocity, batch.latents, query_noise, batch.weight)
-    return {"loss": value} | misreading(reader, batch, velocity, query_noise, t_query)
+    return velocity[:, copies.chunk_ids.shape[1] :]
+
+
+def causal_losses(
+    config: Config, model: Functional, params: Params, batch: DiTBatch, key: Array, chunk_ids: Int[Array, "b f"], reader: LatentReader
+) -> dict[str, Float[Array, ""]]:
+    """Of the query copy: `loss`, the velocity error, and what `misreading` gives."""
+    copies = two_copies(config, batch, key, chunk_ids)
+    velocity = causal_velocity(config, model, params, batch, copies)
+    value = weighted_velocity_loss(velocity, batch.latents, copies.query_noise, batch.weight)
+    return {"loss": value} | misreading(reader, batch, velocity, copies.query_noise, copies.t_query)
 
 
 def sample_causal(

@@ -120,6 +120,21 @@ def draw_batch(
     )
 
 
+def without_text(batch: DiTBatch) -> DiTBatch:
+    """The same with the empty prompt."""
+    return dataclasses.replace(batch, valid=jnp.ones_like(batch.valid))
+
+
+def without_audio(batch: DiTBatch) -> DiTBatch:
+    """The same with no sound given, which is not silence."""
+    return dataclasses.replace(batch, keep_audio=jnp.zeros_like(batch.keep_audio))
+
+
+def without_reference(batch: DiTBatch) -> DiTBatch:
+    """The same with no reference given."""
+    return dataclasses.replace(batch, reference=jnp.zeros_like(batch.reference))
+
+
 def _random_part(config: Config, key: Array, batch: int, share: float) -> tuple[Int[Array, "b 2"], tuple[int, int]]:
     """First row and column in latents, for each row of the batch, and how many of both: whole tokens."""
     patch = config.dit.patch

@@ -30,6 +30,7 @@ STATE_RANGES = {
 _RESTING = {"blink": 0.7, "mouth_open": 0.3, "brow_furrow": 0.5, "tongue": 0.5}
 # Share of a field's range that it may cross in one video frame: lips and lids are fast, the head is slow.
 _SPEED = {"mouth_open": 0.35, "mouth_width": 0.25, "blink": 0.4, "gaze_x": 0.2, "gaze_y": 0.2, "tongue": 0.25}
+_MISS = 0.06  # of the picture's side: how far apart crops on the middle of one face may lie
 
 
 @jax.tree_util.register_dataclass
@@ -55,15 +56,17 @@ def random_states(key: Array, frames: int) -> FaceState:
     return FaceState(**fields)
 
 
-def face_batch(key: Array, batch: int, frames: int, size: int, crop: int) -> FaceBatch:
+def face_batch(key: Array, batch: int, frames: int, size: int, crop: int, faces: float = 0.0) -> FaceBatch:
     """Random people in random motion.
 
     Args:
       crop: pixels each way; below `size` the crop lies on the mouth (half of the time), on the eyes, or anywhere.
+      faces: share of the crops that lie, before any of these, between mouth and eyes, to hold both.
     """
 
     def one(key):
         k_identity, k_state, k_crop, k_where = jax.random.split(key, 4)
+        k_face = jax.random.fold_in(key, 4)
         identity = sample_identity(k_identity)
         states = random_states(k_state, frames)
         mouth = jax.vmap(lambda s: mouth_box(identity, s, size))(states)
@@ -74,7 +77,11 @@ def face_batch(key: Array, batch: int, frames: int, size: int, crop: int) -> Fac
         centre = jnp.stack([target[0] + target[2], target[1] + target[3]]) / 2
         aimed = centre - crop / 2 + (jitter - 0.5) * crop * 0.6
         anywhere = jitter * (size - crop)
-        origin = jnp.clip(jnp.round(jnp.where(where < 0.75, aimed, anywhere)), 0, size - crop)
+        corner = jnp.where(where < 0.75, aimed, anywhere)
+        middle = (mouth[0, :2] + mouth[0, 2:] + eyes[0, :2] + eyes[0, 2:]) / 4
+        both = middle - crop / 2 + (jitter - 0.5) * _MISS * size
+        corner = jnp.where(jax.random.uniform(k_face) < faces, both, corner)
+        origin = jnp.clip(jnp.round(corner), 0, size - crop)
         start = (origin[0].astype(jnp.int32), origin[1].astype(jnp.int32))
         video = jax.vmap(lambda s: render(identity, s, size=size, origin=start, crop=(crop, crop)))(states)
         return FaceBatch(video, jnp.stack([mouth, eyes], axis=1), origin)

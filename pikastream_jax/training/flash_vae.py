@@ -12,8 +12,10 @@ from jaxtyping import Array, Float
 
 from pikastream_jax.config import Config
 from pikastream_jax.flash_vae import FlashVAE
+from pikastream_jax.measuring.estimator import SIZE, FaceEstimator
 from pikastream_jax.nn.layers import Functional, Params, functional, initial_params
 from pikastream_jax.training.checkpoint import load_weights
+from pikastream_jax.training.face_estimator import face_misreading
 from pikastream_jax.training.faces import FaceBatch, face_batch
 from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.losses import motion_loss, psnr, reconstruction_loss, region_weights
@@ -23,7 +25,6 @@ from pikastream_jax.training.pictures import save_rows
 from pikastream_jax.weights.safetensors_io import restore_into
 
 HELD_OUT_SEED = 1_000_003  # identities and motions of the held-out batches; training keys are folded from the run's seed
-REGION_WEIGHTS = (6.0, 2.0)  # what the boxes of mouth and eyes add to every pixel's weight of 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,9 @@ class VAEStageConfig:
     motion_weight: float
     updates: int
     optimiser: OptimiserConfig
+    region_weights: tuple[float, float] = (6.0, 2.0)  # what the boxes of mouth and eyes add to every pixel's weight of 1
+    faces: float = 0.0  # share of crops that hold mouth and eyes, see `face_batch`
+    reading_weight: float = 0.0  # of what a reader of pixels misreads, see `face_misreading`
     ema: float = 0.995
 
 
@@ -55,9 +59,9 @@ def _decode(vae: FlashVAE, latents: Float[Array, "b f r c z"], streaming: bool) 
 
 
 def vae_loss(
-    model: Functional, params: Params, batch: FaceBatch, key: Array, stage: VAEStageConfig
+    model: Functional, params: Params, batch: FaceBatch, key: Array, stage: VAEStageConfig, reader: FaceEstimator | None = None
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Reconstruction from a sampled latent, its motion, and the KL divergence to a unit Gaussian."""
+    """Reconstruction from a sampled latent, its motion, the KL divergence to a unit Gaussian, and what the `reader` misreads."""
     vae = model.bind(params)
     video = batch.video
     mean, log_variance = vae.encode(video)
@@ -66,16 +70,16 @@ def vae_loss(
     latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
     output = _decode(vae, latents, stage.streaming)
     h, w = video.shape[2:4]
-    weight = region_weights(batch.boxes, h, w, REGION_WEIGHTS, batch.origin[:, None])
+    weight = region_weights(batch.boxes, h, w, stage.region_weights, batch.origin[:, None])
     kl = 0.5 * jnp.mean(mean**2 + jnp.exp(log_variance) - 1.0 - log_variance)
     reconstruction = reconstruction_loss(output, video, weight)
     motion = motion_loss(output, video, weight)
-    return reconstruction + stage.motion_weight * motion + stage.kl_weight * kl, {
-        "reconstruction": reconstruction,
-        "motion": motion,
-        "kl": kl,
-        "psnr": psnr(jnp.mean((output - video) ** 2)),
-    }
+    loss = reconstruction + stage.motion_weight * motion + stage.kl_weight * kl
+    parts = {"reconstruction": reconstruction, "motion": motion, "kl": kl, "psnr": psnr(jnp.mean((output - video) ** 2))}
+    if reader is not None:
+        parts["reading"] = face_misreading(reader, output, batch)
+        loss = loss + stage.reading_weight * parts["reading"]
+    return loss, parts
 
 
 def _build(config: Config, name: str, stage: VAEStageConfig, seed: int, init: dict[str, Path]) -> Stage:
@@ -97,11 +101,20 @@ def _build(config: Config, name: str, stage: VAEStageConfig, seed: int, init: di
 
     def update(state: TrainState, key: Array, data: dict) -> tuple[TrainState, dict]:
         k_data, k_noise = jax.random.split(key)
-        batch = split_batch(face_batch(k_data, stage.batch, clip_frames, size, stage.crop))
-        (loss, metrics), gradient = jax.value_and_grad(lambda p: vae_loss(model, p, batch, k_noise, stage), has_aux=True)(
-            state.params
-        )
+        batch = split_batch(face_batch(k_data, stage.batch, clip_frames, size, stage.crop, stage.faces))
+        reader = face_reader.bind(data["face_reader"]) if stage.reading_weight else None
+        (loss, metrics), gradient = jax.value_and_grad(
+            lambda p: vae_loss(model, p, batch, k_noise, stage, reader), has_aux=True
+        )(state.params)
         return state.descend(gradient, optimiser, stage.ema), {"loss": loss, **metrics}
+
+    face_reader = functional(lambda rngs: FaceEstimator(rngs=rngs))
+
+    @functools.cache
+    def data() -> dict[str, Params]:
+        if not stage.reading_weight:
+            return {}
+        return {"face_reader": restore_into(face_reader.abstract, load_weights(init["face_reader"]))}
 
     held_out = functools.cache(lambda: jax.jit(render_held_out)(jax.random.key(HELD_OUT_SEED)))
 
@@ -118,14 +131,14 @@ def _build(config: Config, name: str, stage: VAEStageConfig, seed: int, init: di
         video = batch.video
         output = reconstruct(state.ema, video)
         error = np.asarray((jnp.clip(output, -1, 1) - video) ** 2)
-        mouth = np.asarray(region_weights(batch.boxes[..., :1, :], size, size, (1.0,))) > 1.5
+        mouth, eyes = (np.asarray(region_weights(batch.boxes[..., i : i + 1, :], size, size, (1.0,))) > 1.5 for i in (0, 1))
         motion = {name: np.diff(np.asarray(v), axis=1) for name, v in (("out", output), ("in", video))}
         # How much of the lips' true motion the output repeats: 1 is all of it, 0 a mouth that stands still.
         lips_moving = mouth[:, 1:]
         kept = float((motion["out"][lips_moving] * motion["in"][lips_moving]).sum() / (motion["in"][lips_moving] ** 2).sum())
         whole = float(psnr(error.mean()))
-        lips = float(psnr(error[mouth].mean()))
-        return {"loss": float(np.sqrt(error.mean())), "psnr": whole, "psnr_mouth": lips, "mouth_motion_kept": kept}
+        parts = {f"psnr_{name}": float(psnr(error[box].mean())) for name, box in (("mouth", mouth), ("eyes", eyes))}
+        return {"loss": float(np.sqrt(error.mean())), "psnr": whole, **parts, "mouth_motion_kept": kept}
 
     def sample(state: TrainState, path: Path) -> None:
         video = held_out().video
@@ -138,6 +151,7 @@ def _build(config: Config, name: str, stage: VAEStageConfig, seed: int, init: di
         seed=seed,
         init=initial_state,
         update=update,
+        data=data,
         config={
             "preset": config.name,
             "flash_vae": dataclasses.asdict(config.flash_vae),
@@ -185,8 +199,14 @@ def build_streaming(config: Config, seed: int, init: dict[str, Path], updates: i
 def build_decoder(config: Config, seed: int, init: dict[str, Path], updates: int = 1_500) -> Stage:
     """The decoder alone, on halves of the picture: latents stay as they are, so clips and DiT stay valid while pictures improve.
 
-    `init` names the `flash_vae` whose encoder is kept.
+    `init` names the `flash_vae` whose encoder is kept and, as `face_reader`, a run of `face_estimator`: one of another seed than the
+    estimator that `evaluate` measures with.
+
+    Raises:
+      ValueError: the preset's pictures are not of the size that is read.
     """
+    if (config.stream.height, config.stream.width) != (SIZE, SIZE):
+        raise ValueError(f"flash_vae_decoder is judged by a reader of {SIZE}x{SIZE}, preset {config.name} makes another size: use tiny")
     stage = VAEStageConfig(
         batch=6,
         latent_frames=3,
@@ -197,5 +217,8 @@ def build_decoder(config: Config, seed: int, init: dict[str, Path], updates: int
         motion_weight=3.0,
         updates=updates,
         optimiser=OptimiserConfig(learning_rate=2e-3, warmup_steps=50, decay="linear"),
+        region_weights=(6.0, 6.0),
+        faces=0.5,
+        reading_weight=0.1,
     )
     return _build(config, "flash_vae_decoder", stage, seed, init)

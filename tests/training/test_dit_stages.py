@@ -12,7 +12,7 @@ from small_corpus import small_corpus
 
 from pikastream_jax.data.corpus import MEL_STEP
 from pikastream_jax.measuring.estimator import READERS
-from pikastream_jax.training import conditions, dit_causal, dit_data, dit_pretrain
+from pikastream_jax.training import conditions, dit_causal, dit_data, dit_guidance, dit_pretrain
 from pikastream_jax.training.clips import Clips
 from pikastream_jax.training.latent_reader import COLUMNS, EXPRESSION, reader_model
 from pikastream_jax.training.mesh import replicate
@@ -284,6 +284,51 @@ def test_a_stage_learns(stage_module, settings, teacher, held_out, monkeypatch):
     assert set(still) == text, "the text encoder is kept, every other parameter takes part"
 
 
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """Random weights in a file, the output head included: it answers every condition somehow."""
+    path = tmp_path_factory.mktemp("student") / "denoiser.safetensors"
+    safetensors_io.save(path, small_models(CONFIG)[1].denoiser, dtype=jnp.float32)
+    return path
+
+
+def test_guidance_by_hand(held_out, monkeypatch):
+    """A network that answers 1, 10 more with words, 100 with a face and 1000 with sound; 1111 + 2 x 10 + 0.5 x 100 + 0.1 x 1000."""
+
+    def velocity(config, model, params, batch, copies):
+        words, face = batch.valid > 1, jnp.any(batch.reference != 0, axis=(1, 2, 3))
+        answer = 1.0 + 10 * words + 100 * face + 1000 * batch.keep_audio
+        return jnp.broadcast_to(answer[:, None, None, None, None], batch.latents.shape)
+
+    monkeypatch.setattr(dit_guidance, "causal_velocity", velocity)
+    wordless = dataclasses.replace(held_out, valid=held_out.valid.at[0].set(1))
+    for text, audio, reference, expected in ((1.0, 1.0, 1.0, [1101, 1111]), (3.0, 1.1, 1.5, [1251, 1281])):
+        scales = dit_guidance.GuidanceConfig(text=text, audio=audio, reference=reference)
+        guided = dit_guidance.guided_velocity(CONFIG, None, {}, wordless, None, scales)
+        np.testing.assert_allclose(guided[:2, 0, 0, 0, 0], expected, rtol=1e-6, err_msg="a row without words is not guided by them")
+
+
+def test_the_guidance_stage_learns(student, monkeypatch):
+    """At first the student pays for all that guidance adds; it learns it, and its guide stays as it was."""
+    quick = dit_guidance.GuidanceConfig(
+        batch=4, latent_frames=6, text=3.0, reference=2.0, optimiser=OptimiserConfig(learning_rate=2e-3, warmup_steps=2)
+    )
+    monkeypatch.setattr(dit_guidance, "GuidanceConfig", lambda: quick)
+    stage = dit_guidance.build(CONFIG, 0, {"denoiser": student}, updates=100)
+    update = jax.jit(stage.update)
+    state = replicate(stage.init())
+    first = jax.tree.map(np.asarray, state.params)
+    data, losses = replicate(learnable_data() | {"guide": first}), []
+    for step in range(30):
+        state, metrics = update(state, jax.random.fold_in(jax.random.key(0), step), data)
+        state = dataclasses.replace(state, step=state.step + 1)
+        losses.append(float(metrics["loss"]))
+    assert losses[0] > 0.1 and np.mean(losses[-5:]) < 0.75 * np.mean(losses[:5]) and update._cache_size() == 1
+    moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b).max(), state.params, first)
+    moved = safetensors_io.flatten(moved)
+    assert moved["dit.head.projection.kernel"] > 0 == max(value for name, value in moved.items() if name.startswith("text."))
+
+
 @pytest.mark.parametrize("kind", ["identity", "expression"])
 def test_what_the_reader_misreads_moves_the_weights(kind, teacher, monkeypatch):
     """Both stages descend on it: without the velocity's error, a reader of one kind alone moves the denoiser, a silent one does not."""
@@ -305,7 +350,7 @@ def test_what_the_reader_misreads_moves_the_weights(kind, teacher, monkeypatch):
             assert (moved > 1e-6) == moves, (module, moved)
 
 
-@pytest.mark.parametrize("module", [dit_pretrain, dit_causal])
+@pytest.mark.parametrize("module", [dit_pretrain, dit_causal, dit_guidance])
 def test_the_rate_that_is_asked_for_is_the_rate(module, teacher):
     """It stands in the run's record, and a rate that cannot be is refused by name."""
     rates = [module.build(CONFIG, 0, {"denoiser": teacher}, 100, rate).config["stage"]["optimiser"]["learning_rate"] for rate in (2e-4, None)]

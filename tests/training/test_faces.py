@@ -1,6 +1,7 @@
 """Batches of faces for FlashVAE: crops are cut from the very picture, motion stays in its ranges and within its speed."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from pikastream_jax.data.face import FaceState
+from pikastream_jax.measuring.estimator import READERS, crop_origin
 from pikastream_jax.training.faces import STATE_RANGES, face_batch, random_states
 
 SIZE, CROP, FRAMES = 64, 32, 2
@@ -56,6 +58,25 @@ def test_crops_lie_on_the_mouth_half_of_the_time():
     assert near[:, 0].mean() > 0.5 - 0.06
     assert near.any(axis=1).mean() > 0.75 - 0.06
     assert not near.any(axis=1).all(), "a quarter lies anywhere"
+
+
+def test_crops_on_the_face_hold_all_that_is_read_of_it():
+    """A quarter of the picture around mouth and eyes together; with a share of one half, half of the crops."""
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def holding(key, share):
+        batch = face_batch(key, 400, 1, 256, 128, share)
+        middle = (batch.boxes[:, 0, :, :2] + batch.boxes[:, 0, :, 2:]) / 2
+        inside = jnp.ones(400, bool)
+        for index, name in enumerate(("mouth", "eyes")):
+            corner = crop_origin(name, middle[:, index, 0], middle[:, index, 1]) - batch.origin
+            size = jnp.array([READERS[name].height, READERS[name].width])
+            inside &= jnp.all((corner >= 0) & (corner + size <= 128), axis=-1)
+        return inside.mean()
+
+    none, half, all_of_them = (float(holding(jax.random.key(0), share)) for share in (0.0, 0.5, 1.0))
+    assert none < 0.1 and all_of_them > 0.8
+    assert half == pytest.approx((none + all_of_them) / 2, abs=0.08)
 
 
 def test_motion_stays_in_range_and_within_its_speed():

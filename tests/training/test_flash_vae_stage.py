@@ -1,6 +1,7 @@
 """FlashVAE's stages: the loss by its parts, and that both stages build, learn and draw."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pikastream_jax.measuring.estimator import FaceEstimator
+from pikastream_jax.nn.layers import functional
 from pikastream_jax.training import flash_vae
+from pikastream_jax.training.face_estimator import face_misreading
 from pikastream_jax.training.faces import FaceBatch
 from pikastream_jax.training.losses import reconstruction_loss, region_weights
 from pikastream_jax.training.mesh import replicate
 from pikastream_jax.training.optimiser import OptimiserConfig
-from tests.small import small_config, small_models
+from tests.small import randomised, small_config, small_models
 
 CONFIG = small_config(height=32, width=32)
 
@@ -103,3 +107,56 @@ def test_the_decoder_stage_leaves_the_encoder_alone():
     for name in gradient[True]:
         size = {known: max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(g[name])) for known, g in gradient.items()}
         assert size[True] > 0 and (size[False] == 0) == (name in encoding), name
+
+
+def test_what_is_misread_by_hand():
+    """Readers that add up what they see: two clips of two frames, of which the second is read; the other clip's crop holds no eyes."""
+
+    class Adds:
+        """Answers two numbers: the mean of the picture, and nothing."""
+
+        def __call__(self, pictures):
+            mean = pictures.mean(axis=(1, 2, 3))
+            return jnp.stack([mean, 0 * mean], axis=-1)
+
+    video = jnp.zeros((2, 2, 128, 128, 3))
+    output = video.at[0, 1, :64].set(0.5).at[0, 1, 64:].set(0.8).at[1, 1].set(0.2).at[:, 0].set(9.0)
+    mouth, eyes = [96, 40, 116, 80], [20, 30, 40, 90]  # middles (106, 60) and (30, 60)
+    boxes = jnp.broadcast_to(jnp.array([mouth, eyes], jnp.float32), (2, 2, 2, 4)) + jnp.array([64.0, 64.0] * 2)
+    origin = jnp.array([[64.0, 64.0], [96.0, 64.0]])
+    # Mouth of 64x64: rows 74 to 138 of the first crop, beyond its 128; rows 42 to 106 of the second. Eyes of 48x96, 5 higher than
+    # their box: rows 1 to 49 of the first; 32 rows higher in the second, above its edge.
+    read = types.SimpleNamespace(mouth=Adds(), eyes=Adds())
+    error = face_misreading(read, output, FaceBatch(video, boxes, origin))
+    parts = [np.sqrt(difference**2 + 0.01) - 0.1 for difference in (0.2, 0.5)]  # mouth of the second clip, eyes of the first
+    assert error == pytest.approx(sum(parts) / 2, rel=1e-5)
+    assert face_misreading(read, video, FaceBatch(video, boxes, origin)) == 0
+
+
+def test_the_reader_moves_the_decoder():
+    """Its error is part of the loss, with its weight, and what it misreads has a gradient."""
+    config = small_config(height=128, width=128)
+    models, params = small_models(config)
+    video = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (1, 4, 128, 128, 3)), jnp.float32)
+    box = jnp.array([[40.0, 40.0, 80.0, 80.0]] * 2)
+    batch = FaceBatch(video, boxes=jnp.broadcast_to(box, (1, 4, 2, 4)), origin=jnp.zeros((1, 2)))
+    reader = functional(lambda rngs: FaceEstimator(rngs=rngs))
+    reader = reader.bind(randomised(reader.abstract, 0))
+    chosen = settings(streaming=False, encoder=False)
+
+    def loss(params, weight):
+        stage = dataclasses.replace(chosen, reading_weight=weight)
+        value, parts = flash_vae.vae_loss(models.flash_vae, params, batch, jax.random.key(0), stage, reader)
+        return value, parts["reading"]
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (silent, reading), without = run(params.flash_vae, 0.0)
+    (heard, _), given = run(params.flash_vae, 0.5)
+    assert reading > 0.01 and heard == pytest.approx(float(silent + 0.5 * reading), rel=1e-5)
+    change = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), given, without)
+    assert max(jax.tree.leaves(change)) > 0
+
+
+def test_a_decoder_of_another_size_is_refused():
+    with pytest.raises(ValueError, match="reader of 256x256, preset small makes another size"):
+        flash_vae.build_decoder(CONFIG, 0, {})

@@ -57,6 +57,7 @@ def test_the_learning_rate_reaches_a_stage_that_takes_one(monkeypatch, tmp_path)
         (["build", "--steps", "0"], "steps must be above 0, got 0"),
         (["build", "--cpu-devices", "0"], "--cpu-devices 0 must be at least 1"),
         (["dit_causal", "--init", "clips=."], "dit_causal needs --init flash_vae=PATH; it takes clips, flash_vae, reader, denoiser"),
+        (["flash_vae_decoder", "--init", "flash_vae=."], "flash_vae_decoder needs --init face_reader=PATH"),
         (["audio_pretrain", "--init", "denoiser=."], "audio_pretrain takes no --init denoiser; it takes none"),
         (["dit_pretrain", "--init", "clips=.", "flash_vae=.", "reader=.", "denoizer=."], "dit_pretrain takes no --init denoizer"),
         (["build", "--updates", "0"], "--updates 0 must be at least 1"),
