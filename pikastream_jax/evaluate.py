@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from pikastream_jax.measuring import autoencoder, subjects
 from pikastream_jax.measuring.calibration import IdentityMetric, calibrate
-from pikastream_jax.measuring.drift import drift
+from pikastream_jax.measuring.drift import drawn_drift, drift
 from pikastream_jax.measuring.estimator import Estimator
 from pikastream_jax.measuring.identity import identity_wins
 from pikastream_jax.measuring.lipsync import compare
@@ -135,6 +135,10 @@ def evaluate(face: TalkingFace, arguments: Arguments) -> tuple[dict[str, Any], l
         result["drift"] = timed(
             "drift", lambda: drift(face, estimator, metric, speech[0], people[0], arguments.minutes_of_drift)
         )
+        minutes = round(arguments.minutes_of_drift)
+        result["drift"]["drawn"] = timed(
+            "drawn_drift", lambda: drawn_drift(face, estimator, metric, speech[0], people[0], minutes)
+        )
     seconds["total"] = round(time.perf_counter() - started, 1)
     result["run"] = {
         "audio": [path.name for path in arguments.audio],
@@ -197,7 +201,7 @@ def summary(result: dict[str, Any]) -> str:
         far = result["drift"]
         lines.append(
             f"drift: background {far['colour_background']:.2f}, skin {far['colour_skin']:.2f} (Lab), identity "
-            f"{far['identity_change']:+.2f}, memory {far['rss_growth_mb']:+.0f} MB, chunk time x{far['chunk_time_ratio']:.2f}"
+            f"{far['identity_change']:+.2f} (drawn {far['drawn']['identity_change']:+.2f}), memory {far['rss_growth_mb']:+.0f} MB, chunk time x{far['chunk_time_ratio']:.2f}"
         )
     return "\n".join(lines)
 

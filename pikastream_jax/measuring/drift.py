@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -13,7 +14,7 @@ from pikastream_jax.measuring.calibration import IdentityMetric
 from pikastream_jax.measuring.estimator import Estimator
 from pikastream_jax.measuring.images import lab
 from pikastream_jax.measuring.streams import EDGE, TalkingFace
-from pikastream_jax.measuring.subjects import FPS, NEUTRAL, draw, person, portrait_state
+from pikastream_jax.measuring.subjects import FPS, NEUTRAL, draw, film, person, portrait_state, true_curves, true_motion
 
 _SKIN = (slice(112, 150), slice(100, 156))  # rows and columns: nose and cheeks of a face near the middle
 _STATM = Path("/proc/self/statm")
@@ -69,7 +70,7 @@ def drift(
     identity = person(seed)
     image = draw(identity, portrait_state(seed))
     home = estimator(image[None]).identity[0]
-    loop = np.concatenate([speech, np.zeros(SAMPLE_RATE, np.float32)])
+    loop = _loop(speech)
     session = face.session(image, NEUTRAL, seed)
     at = index = 0
     done, colours, times, sampled = [], [], [], []
@@ -104,6 +105,35 @@ def drift(
     }
 
 
+def drawn_drift(
+    face: TalkingFace, estimator: Estimator, metric: IdentityMetric, speech: Float[np.ndarray, " n"], seed: int, minutes: int
+) -> dict:
+    """What `drift` says about the identity of somebody who cannot drift: the same person drawn, as long, through FlashVAE.
+
+    Heads turn and lips move differently from minute to minute, and the reading with them; a stream drifts if it changes more than this.
+    Frames are taken as far apart as there.
+
+    Returns:
+      `identity_change` and `identity_first_minute`, as in `drift`.
+    """
+    identity = person(seed)
+    home = estimator(draw(identity, portrait_state(seed))[None]).identity[0]
+    loop = _loop(speech)
+    motion = true_motion(seed, NEUTRAL, true_curves(identity, loop[np.arange(minutes * 60 * SAMPLE_RATE) % len(loop)]).track)
+    every, shown = 4 * face.chunk_samples(0) * FPS // SAMPLE_RATE, 8  # video frames: between two that are read, and drawn for each
+    done = []
+    for minute in range(minutes):
+        starts = range(minute * 60 * FPS, (minute + 1) * 60 * FPS - shown, every)
+        clips = [film(identity, jax.tree.map(lambda leaf, at=at: leaf[at : at + shown], motion)) for at in starts]
+        done.append(_identity(np.stack([face.reconstruct(clip)[-1] for clip in clips]), estimator, metric, home))
+    return {"identity_change": _largest([distance - done[0][0] for distance, _ in done]), "identity_first_minute": done[0][1]}
+
+
+def _loop(speech: Float[np.ndarray, " n"]) -> Float[np.ndarray, " m"]:
+    """What is repeated: the speech and a second of silence."""
+    return np.concatenate([speech, np.zeros(SAMPLE_RATE, np.float32)])
+
+
 def _colours(frame: np.ndarray) -> np.ndarray:
     corners = np.concatenate([frame[:EDGE, :EDGE], frame[:EDGE, -EDGE:]], axis=1)
     return np.stack([lab(corners.mean(axis=(0, 1))), lab(frame[_SKIN].mean(axis=(0, 1)))])
@@ -113,19 +143,25 @@ def _minute(colours, times, sampled, estimator: Estimator, metric: IdentityMetri
     table = np.stack(colours)
     mean = table.mean(axis=0)
     scatter = np.sqrt(((table - mean) ** 2).sum(axis=-1).mean(axis=0))
-    known = estimator(np.stack(sampled)).identity
-    stretches = np.array_split(known, max(1, len(known) // 3))
-    distances = [metric.distance(part.mean(axis=0), home) for part in stretches]
+    distance, distance_scatter = _identity(np.stack(sampled), estimator, metric, home)
     return Minute(
         background=mean[0],
         skin=mean[1],
         background_scatter=float(scatter[0]),
         skin_scatter=float(scatter[1]),
-        identity_distance=float(metric.distance(known.mean(axis=0), home)),
-        identity_scatter=float(np.std(distances)),
+        identity_distance=distance,
+        identity_scatter=distance_scatter,
         rss_mb=_rss_mb(),
         chunk_ms=float(np.median(times) * 1e3),
     )
+
+
+def _identity(frames, estimator: Estimator, metric: IdentityMetric, home) -> tuple[float, float]:
+    """Distance of the mean reading from the reference, and the standard deviation of the distance over stretches of three frames."""
+    known = estimator(frames).identity
+    stretches = np.array_split(known, max(1, len(known) // 3))
+    distances = [metric.distance(part.mean(axis=0), home) for part in stretches]
+    return float(metric.distance(known.mean(axis=0), home)), float(np.std(distances))
 
 
 def _rss_mb() -> float:

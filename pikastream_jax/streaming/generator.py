@@ -14,6 +14,7 @@ from pikastream_jax.dit.model import KeysValues
 from pikastream_jax.streaming.package import Package, load_package
 from pikastream_jax.streaming.state import StepInputs, StreamState, init_state, install_prompt, install_reference
 from pikastream_jax.streaming.step import ModelParams, generate_step
+from pikastream_jax.text.prompts import with_gaze
 
 PSNR_WARNING = 24.0  # dB; references of the training distribution are reproduced better than this
 
@@ -93,8 +94,8 @@ class Generator:
         return keys_values, float(psnr)
 
     def encode_prompt(self, prompt: str) -> tuple[KeysValues, Array]:
-        """A prompt's keys and values, and how many tokens count."""
-        tokens, valid = self.package.tokenizer.encode(prompt)
+        """A prompt's keys and values, and how many tokens count; `with_gaze` adds eye contact where the prompt names no gaze."""
+        tokens, valid = self.package.tokenizer.encode(with_gaze(prompt))
         return self._encode_prompt(self.package.params, jnp.asarray(tokens), jnp.asarray(valid, jnp.int32))
 
     def run_step(self, state: StreamState, inputs: StepInputs) -> tuple[StreamState, UInt8[Array, "b t h w 3"]]:

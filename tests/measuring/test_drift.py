@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pikastream_jax.measuring.calibration import IdentityMetric
-from pikastream_jax.measuring.drift import drift
+from pikastream_jax.measuring.drift import drawn_drift, drift
 from pikastream_jax.measuring.images import lab
 from pikastream_jax.measuring.subjects import draw, person, portrait_state
 
@@ -59,6 +59,27 @@ def test_a_change_of_colour_is_measured_in_lab(estimator):
 def test_another_face_raises_the_identity_distance(estimator):
     report = run(estimator, StillFace(later_seed=SEED + 1))
     assert report["identity_change"] > 0.5
+
+
+def test_somebody_drawn_changes_by_what_happens_to_the_picture(estimator):
+    """The head moves, so the reading changes a little; a face that another takes the place of after the first minute changes by more."""
+
+    class Passes(StillFace):
+        seen = 0
+
+        def reconstruct(self, video):
+            self.seen += 1
+            later = self.later_seed != SEED and self.seen > 32  # 60 s in steps of 4 chunks of 0.48 s
+            return np.repeat(self.pictures[1][None], len(video), axis=0) if later else video
+
+    def report(later_seed):
+        face = Passes(later_seed=later_seed)
+        face.session(None, "", 0)
+        return drawn_drift(face, estimator, METRIC, np.zeros(160_000, np.float32), SEED, minutes=2), face.seen
+
+    (steady, seen), (swapped, _) = report(SEED), report(SEED + 1)
+    assert seen == 64 and 0 <= steady["identity_change"] < 0.3 < 0.5 < swapped["identity_change"]
+    assert steady["identity_first_minute"] == swapped["identity_first_minute"] > 0
 
 
 def test_less_than_a_minute_is_refused(estimator):
