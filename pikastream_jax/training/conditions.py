@@ -74,7 +74,7 @@ def measure(config: Config, params: Params, data: dict[str, Any], batch: int) ->
         noise = jax.random.normal(jax.random.key(1), given.latents.shape)
         times = jnp.full((batch, LATENT_FRAMES), t)
         velocity = bidirectional_velocity(model, params, given, interpolate(given.latents, noise, times), times, distance)
-        return weighted_velocity_loss(velocity, given.latents, noise, given.weight)
+        return weighted_velocity_loss(velocity, noise - given.latents, given.weight)
 
     result: dict[str, dict[float, dict[str, float]]] = {}
     for split in ("train", "held_out"):

@@ -9,7 +9,9 @@ The regression target is the data itself (teacher forcing), not yet the teacher'
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,15 @@ from pikastream_jax.nn.layers import Functional, Params, functional
 from pikastream_jax.streaming.state import init_state, install_reference
 from pikastream_jax.streaming.step import Models, denoise_chunk
 from pikastream_jax.training.checkpoint import load_weights
-from pikastream_jax.training.dit_data import CROP, DiTBatch, draw_batch, load_data, text_kept, weighted_velocity_loss
+from pikastream_jax.training.dit_data import (
+    CROP,
+    DiTBatch,
+    at_rate,
+    draw_batch,
+    load_data,
+    text_kept,
+    weighted_velocity_loss,
+)
 from pikastream_jax.training.latent_reader import LatentReader, load_reader, misreading, reader_model
 from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
@@ -50,6 +60,11 @@ def random_chunks(key: Array, batch: int, frames: int, largest: int) -> Int[Arra
     size = jax.random.randint(k_size, (batch, 1), 1, largest + 1)
     size = jnp.where(jax.random.uniform(k_any, (batch, 1)) < 2 / 3, largest, size)
     return jnp.arange(frames) // size
+
+
+def stream_chunks(config: Config, batch: int, frames: int) -> Int[Array, "b f"]:
+    """Chunk of every latent frame as in a stream."""
+    return jnp.broadcast_to(jnp.arange(frames) // config.stream.chunk, (batch, frames))
 
 
 @jax.tree_util.register_dataclass
@@ -108,7 +123,7 @@ def causal_losses(
     """Of the query copy: `loss`, the velocity error, and what `misreading` gives."""
     copies = two_copies(config, batch, key, chunk_ids)
     velocity = causal_velocity(config, model, params, batch, copies)
-    value = weighted_velocity_loss(velocity, batch.latents, copies.query_noise, batch.weight)
+    value = weighted_velocity_loss(velocity, copies.query_noise - batch.latents, batch.weight)
     return {"loss": value} | misreading(reader, batch, velocity, copies.query_noise, copies.t_query)
 
 
@@ -131,11 +146,32 @@ def sample_causal(
     return jnp.concatenate(chunks, axis=1)
 
 
+def sampler(
+    config: Config, model: Functional, init: dict[str, Path], data: Callable[[], dict], frames: int
+) -> Callable[[TrainState, Path], None]:
+    """Draws the roll-outs of four held-out clips under the truth; see `Stage.sample`."""
+
+    @jax.jit
+    def roll_out(params, data):
+        batch = draw_batch(config, data, "held_out", jax.random.key(0), 4, frames, train=False)
+        return batch.latents, sample_causal(config, model, params, batch, jax.random.key(2))
+
+    def sample(state: TrainState, path: Path) -> None:
+        truth, generated = roll_out(state.ema, data())
+        save_preview(config, init, path, np.asarray(truth), np.asarray(generated))
+
+    return sample
+
+
+def record(config: Config, settings: Any) -> dict[str, Any]:
+    """What a run of a student's stage was trained with, see `Stage.config`."""
+    parts = {"dit": config.dit, "stream": config.stream, "stage": settings}
+    return {"preset": config.name} | {name: dataclasses.asdict(part) for name, part in parts.items()}
+
+
 def build(config: Config, seed: int, init: dict[str, Path], updates: int = 500, learning_rate: float | None = None) -> Stage:
     """The stage. `init` names `clips`, `reader`, `flash_vae` (for pictures) and `denoiser`, the pre-trained teacher."""
-    settings = CausalConfig()
-    if learning_rate is not None:
-        settings = dataclasses.replace(settings, optimiser=dataclasses.replace(settings.optimiser, learning_rate=learning_rate))
+    settings = at_rate(CausalConfig(), learning_rate)
     model = functional(lambda rngs: Denoiser(config, rngs=rngs))
     reader = reader_model(config)
     optimiser = make_optimiser(model.abstract, settings.optimiser, updates)
@@ -162,17 +198,8 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 500, 
     @jax.jit
     def held_out(params, data):
         batch = draw_batch(config, data, "held_out", jax.random.key(0), 24, settings.latent_frames, train=False)
-        chunk_ids = jnp.broadcast_to(jnp.arange(settings.latent_frames) // config.stream.chunk, (24, settings.latent_frames))
+        chunk_ids = stream_chunks(config, 24, settings.latent_frames)
         return causal_losses(config, model, params, batch, jax.random.key(1), chunk_ids, reader.bind(data["reader"]))
-
-    @jax.jit
-    def roll_out(params, data):
-        batch = draw_batch(config, data, "held_out", jax.random.key(0), 4, settings.latent_frames, train=False)
-        return batch.latents, sample_causal(config, model, params, batch, jax.random.key(2))
-
-    def sample(state: TrainState, path: Path) -> None:
-        truth, generated = roll_out(state.ema, data())
-        save_preview(config, init, path, np.asarray(truth), np.asarray(generated))
 
     return Stage(
         name="dit_causal",
@@ -181,14 +208,9 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 500, 
         init=initial_state,
         update=update,
         data=data,
-        config={
-            "preset": config.name,
-            "dit": dataclasses.asdict(config.dit),
-            "stream": dataclasses.asdict(config.stream),
-            "stage": dataclasses.asdict(settings),
-        },
+        config=record(config, settings),
         evaluate=lambda state: held_out(state.ema, data()),
         evaluate_every=100,
-        sample=sample,
+        sample=sampler(config, model, init, data, settings.latent_frames),
         sample_every=150,
     )

@@ -14,7 +14,15 @@ from pikastream_jax.diffusion.flow import interpolate, logit_normal_timesteps, s
 from pikastream_jax.dit import Denoiser
 from pikastream_jax.nn.layers import Functional, Params, functional, initial_params
 from pikastream_jax.training.checkpoint import load_weights
-from pikastream_jax.training.dit_data import CROP, DiTBatch, draw_batch, load_data, text_kept, weighted_velocity_loss
+from pikastream_jax.training.dit_data import (
+    CROP,
+    DiTBatch,
+    at_rate,
+    draw_batch,
+    load_data,
+    text_kept,
+    weighted_velocity_loss,
+)
 from pikastream_jax.training.latent_reader import load_reader, misreading, reader_model
 from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
@@ -85,9 +93,7 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 3_000
     """
     if not {"denoiser", "text"} & init.keys():
         raise ValueError("dit_pretrain needs --init text=PATH, a run of text_pretrain, or denoiser=PATH: it trains no text encoder")
-    settings = PretrainConfig()
-    if learning_rate is not None:
-        settings = dataclasses.replace(settings, optimiser=dataclasses.replace(settings.optimiser, learning_rate=learning_rate))
+    settings = at_rate(PretrainConfig(), learning_rate)
 
     def build_model(rngs):
         return Denoiser(config, rngs=rngs)
@@ -117,7 +123,7 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 3_000
         distance = jax.random.randint(k_distance, (b,), 4, 31).astype(jnp.float32)
         x = interpolate(batch.latents, noise, t)
         velocity = bidirectional_velocity(model, text_kept(params), batch, x, t, distance)
-        value = weighted_velocity_loss(velocity, batch.latents, noise, batch.weight)
+        value = weighted_velocity_loss(velocity, noise - batch.latents, batch.weight)
         misread = misreading(reader.bind(reader_params), batch, velocity, noise, t)
         return value + settings.reading * (misread["identity"] + misread["expression"]), {"loss": value} | misread
 
