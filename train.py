@@ -47,7 +47,7 @@ STAGES = {
         "pikastream_jax.training.dit_pretrain:build", needs=("clips", "flash_vae", "reader"), takes=("denoiser", "audio", "text")
     ),
     "dit_causal": Entry("pikastream_jax.training.dit_causal:build", needs=("clips", "flash_vae", "reader", "denoiser")),
-    "dit_guidance": Entry("pikastream_jax.training.dit_guidance:build", needs=("clips", "flash_vae", "denoiser")),
+    "dit_guidance": Entry("pikastream_jax.training.dit_guidance:build", needs=("clips", "flash_vae", "denoiser"), takes=("guide",)),
     "face_estimator": Entry("pikastream_jax.training.face_estimator:build"),
 }
 

@@ -133,12 +133,14 @@ class DiTConfig:
     frequency_dim: int = 256  # width of the sinusoidal timestep embedding
     text_dim: int = 128
     audio_dim: int = 128
+    motion: int = 6  # numbers per latent frame that say what is new in its motion; standard normal, random in a stream
     eps: float = 1e-6
 
     def __post_init__(self):
         _require_attention("dit", self.dim, self.heads)
         _require(self.patch >= 1, f"dit: patch {self.patch} must be at least 1")
         _require(self.frequency_dim % 2 == 0, f"dit: frequency_dim {self.frequency_dim} must be even")
+        _require(self.motion >= 1, f"dit: motion {self.motion} must be at least 1")
 
     @property
     def head_dim(self) -> int:

@@ -24,6 +24,7 @@ from pikastream_jax.measuring.drift import drawn_drift, drift
 from pikastream_jax.measuring.estimator import Estimator
 from pikastream_jax.measuring.identity import identity_wins
 from pikastream_jax.measuring.lipsync import compare
+from pikastream_jax.measuring.listening import listening
 from pikastream_jax.measuring.prompts import OTHERS, SMILE, adherence
 from pikastream_jax.measuring.sheet import save_sheet
 from pikastream_jax.measuring.streams import (
@@ -42,7 +43,7 @@ VAE_SEED = 9_500_000  # first of the people that FlashVAE is measured on
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Measure the generator: lip sync, identity, flicker, drift, prompts, and FlashVAE."""
+    """Measure the generator: lip sync, identity, flicker, drift, prompts, listening, and FlashVAE."""
 
     audio: tuple[Path, ...] = (subjects.SPEECH,)
     """Speech files, 2 seconds at least; by default a voice held out of training."""
@@ -77,10 +78,12 @@ class Plan:
     vae_people: int
     vae_frames: int
     calibration_people: int
+    listeners: int
+    silent_chunks: int  # that their streams begin with
 
 
-FULL = Plan(24, 10, 5, 4, 3, 8, 32, 24, 64)
-QUICK = Plan(4, 6, 3, 0, 0, 2, 6, 12, 24)
+FULL = Plan(24, 10, 5, 4, 3, 8, 32, 24, 64, 6, 25)
+QUICK = Plan(4, 6, 3, 0, 0, 2, 6, 12, 24, 1, 5)
 
 
 def evaluate(face: TalkingFace, arguments: Arguments) -> tuple[dict[str, Any], list[Clip]]:
@@ -131,6 +134,9 @@ def evaluate(face: TalkingFace, arguments: Arguments) -> tuple[dict[str, Any], l
         some = people[: plan.others]
         made = clips(generated(face), expectation.prompt, some, plan.other_chunks, expectation.prompt)
         result["prompts"].append(adherence(expectation, made, neutral))
+    result["listening"] = timed(
+        "listening", lambda: listening(face, estimator, people[: plan.listeners], speech, plan.silent_chunks, plan.smiling_chunks)
+    )
     if arguments.minutes_of_drift and not arguments.quick:
         result["drift"] = timed(
             "drift", lambda: drift(face, estimator, metric, speech[0], people[0], arguments.minutes_of_drift)
@@ -189,13 +195,15 @@ def _lip_sync(clips: list[Clip]) -> dict[str, Any]:
 def summary(result: dict[str, Any]) -> str:
     """The figures that matter most, a line each."""
     vae, made = result["flash_vae"]["held_out_faces"], result["generated"]
-    sync = made["lip_sync"]
+    sync, quiet = made["lip_sync"], result["listening"]
     lines = [
         f"FlashVAE {vae['psnr']:.1f} dB, mouth {vae['psnr_mouth']:.1f} dB, SSIM {vae['ssim']:.3f}",
         f"mouth opening r {sync['opening']['r']:.2f} at lag {sync['opening']['lag_frames']}, "
         f"width r {sync['width']['r']:.2f} at lag {sync['width']['lag_frames']}, closures F1 {sync['closures']['f1']:.2f}",
         f"identity wins {made['identity']['wins']:.0%} of clips against {made['identity']['distractors']} distractors",
         f"smiling told from neutral in {made['smiling_against_neutral']:.0%}",
+        f"in silence {quiet['generated']['blinks_per_minute']:.0f} blinks a minute (drawn {quiet['drawn']['blinks_per_minute']:.0f}), lips open "
+        f"{quiet['generated']['opening']:.2f} at most in 95%; two seeds: lips r {quiet['seeds']['lips']:.2f}, yaw r {quiet['seeds']['yaw']:.2f}",
     ]
     if "drift" in result:
         far = result["drift"]

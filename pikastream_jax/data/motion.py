@@ -19,7 +19,7 @@ _NOD_HERTZ = (1.4, 2.1)
 _BLINK_EVERY = (2.0, 5.0)  # seconds
 _BLINK_LASTS = (0.15, 0.25)
 _GAZE_HOLDS = (0.7, 2.6)
-_EYE_PER_RADIAN = 2.2  # gaze units that turn the eye by one radian: keeps the eyes on target while the head turns
+EYE_PER_RADIAN = 2.2  # gaze units that turn the eye by one radian: keeps the eyes on target while the head turns
 
 
 @jax.tree_util.register_dataclass
@@ -118,8 +118,8 @@ def style_motion(key: PRNGKeyArray, style: Style, speech: SpeechTrack, fps: floa
     yaw, pitch, roll = _bounded(yaw, 0.35), _bounded(pitch, 0.25), _bounded(roll, 0.20)
 
     look_x, look_y = _saccades(next(keys), t, fps)
-    gaze_x = style.gaze_x + 0.9 * look_x - _EYE_PER_RADIAN * (yaw - 0.17 * style.gaze_x)
-    gaze_y = style.gaze_y + 0.6 * look_y - _EYE_PER_RADIAN * (pitch - 0.11 * style.gaze_y)
+    gaze_x = style.gaze_x + 0.9 * look_x - EYE_PER_RADIAN * (yaw - 0.17 * style.gaze_x)
+    gaze_y = style.gaze_y + 0.6 * look_y - EYE_PER_RADIAN * (pitch - 0.11 * style.gaze_y)
 
     brow_raise = 0.85 * style.surprised - 0.25 * style.angry + 0.55 * excited * energy
     brow_raise = brow_raise + 0.16 * talking * energy * _drift(next(keys), t, 0.3, 1.1)

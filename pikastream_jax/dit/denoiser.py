@@ -42,14 +42,16 @@ class Denoiser(nnx.Module):
         text: KeysValues,
         text_valid: Int[Array, "b s"],
         mel: Float[Array, "b f m k"],
+        motion: Float[Array, "b f n"],
         keep_audio: Bool[Array, "b"] | None = None,
     ) -> Conditions:
-        """Conditions from prompts and the log-mel slice of every latent frame.
+        """Conditions from prompts, and from the log-mel slice and the motion's news of every latent frame.
 
         Args:
+          motion: see `Conditions`.
           keep_audio: rows that hear; the others get the learned "no sound given" tokens, for guidance.
         """
         audio = self.audio(mel)
         if keep_audio is not None:
             audio = jnp.where(keep_audio[:, None, None, None], audio, self.null_audio_table[...])
-        return Conditions(text, text_valid, self.dit.audio_keys_values(audio))
+        return Conditions(text, text_valid, self.dit.audio_keys_values(audio), motion)

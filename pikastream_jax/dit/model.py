@@ -37,6 +37,7 @@ class Conditions:
     text: KeysValues  # [layers, b, s, length, h, e]: s is 1 (one prompt) or the number of latent frames
     text_valid: Int[Array, "b s"]
     audio: KeysValues  # [layers, b, f, audio tokens, h, e]
+    motion: Float[Array, "b f m"]  # what is new in every latent frame's motion, see `DiTConfig.motion`
 
 
 def timestep_embedding(t: Float[Array, "*b"], dim: int) -> Float[Array, "*b d"]:
@@ -62,6 +63,7 @@ class DiT(nnx.Module):
         self.time_embed_in = nnx.Linear(config.frequency_dim, d, rngs=rngs)
         self.time_embed_out = nnx.Linear(d, d, rngs=rngs)
         self.time_projection = nnx.Linear(d, 6 * d, rngs=rngs)
+        self.motion_embed = nnx.Linear(config.motion, d, use_bias=False, kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
         self.blocks = nnx.List([DiTBlock(config, rngs=rngs) for _ in range(config.blocks)])
         self.head = OutputHead(config, rngs=rngs)
 
@@ -79,12 +81,13 @@ class DiT(nnx.Module):
     def reference_keys_values(self, reference: Float[Array, "b r c z"]) -> KeysValues:
         """Every layer's keys and values [layers, b, n, h, e] of a reference's latents; once per reference.
 
-        Reference tokens have timestep 0, attend only to themselves and take neither text nor audio, so nothing of the stream
+        Reference tokens have timestep 0 and no motion, attend only to themselves and take neither text nor audio, so nothing of the stream
         enters here.
         """
         rows, columns = reference.shape[1] // self.config.patch, reference.shape[2] // self.config.patch
         x = self.patch_in(patchify(reference, self.config.patch))[:, None]
-        _, time = self._time(jnp.zeros(x.shape[:2]))
+        still = jnp.zeros((*x.shape[:2], self.config.motion))
+        _, time = self._time(jnp.zeros(x.shape[:2]), still)
         tables = rope_tables(*grid_positions(jnp.zeros(1), rows, columns), self.config.head_dim)
         collected = []
 
@@ -115,7 +118,7 @@ class DiT(nnx.Module):
         Args:
           latents: noisy latents; with two copies the context copy comes first.
           t: every latent frame's timestep.
-          conditions: for cf latent frames (audio; text where it changes).
+          conditions: for cf latent frames (audio and motion; text where it changes).
           reference: `reference_keys_values`.
           chunk_ids: the chunk of every latent frame; all equal is the bidirectional teacher.
           window: latent frames before its chunk that a frame sees.
@@ -190,9 +193,9 @@ class DiT(nnx.Module):
         velocity = self._run(latents, t, conditions, attend_self)
         return velocity, _stack(collected)
 
-    def _time(self, t: Float[Array, "b f"]) -> tuple[Float[Array, "b f d"], Float[Array, "b f 6 d"]]:
+    def _time(self, t: Float[Array, "b f"], motion: Float[Array, "b f m"]) -> tuple[Float[Array, "b f d"], Float[Array, "b f 6 d"]]:
         embedding = timestep_embedding(t, self.config.frequency_dim)
-        embedding = self.time_embed_out(jax.nn.silu(self.time_embed_in(embedding)))
+        embedding = self.time_embed_out(jax.nn.silu(self.time_embed_in(embedding))) + self.motion_embed(motion)
         time = self.time_projection(jax.nn.silu(embedding))
         return embedding, time.reshape(*t.shape, 6, self.config.dim)
 
@@ -200,7 +203,7 @@ class DiT(nnx.Module):
         b, f, height, width, _ = latents.shape
         patch = self.config.patch
         x = self.patch_in(patchify(latents, patch))
-        embedding, time = self._time(t)
+        embedding, time = self._time(t, conditions.motion)
         text_groups = conditions.text_valid.shape[1]
 
         for layer, block in enumerate(self.blocks):

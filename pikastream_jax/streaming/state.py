@@ -29,7 +29,7 @@ class StreamState:
     sink_count: Int[Array, "b"]  # latent frames in the sink
     ring_count: Int[Array, "b"]  # latent frames ever written to the ring
     chunk_count: Int[Array, "b"]  # chunks generated
-    rng: UInt32[Array, "b 2"]  # key data; a chunk's noise is folded from it and chunk_count
+    rng: UInt32[Array, "b 2"]  # key data; a chunk's noise and motion are folded from it and chunk_count
 
 
 @jax.tree_util.register_dataclass

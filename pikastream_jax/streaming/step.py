@@ -122,17 +122,17 @@ def generate_step(
     config = models.config
     denoiser = models.denoiser.bind(params.denoiser)
     audio, slices = chunk_slices(state.audio, inputs.audio, inputs.samples, config.audio.context_samples)
-    conditions = Conditions(
-        state.text, state.text_valid, denoiser.dit.audio_keys_values(denoiser.audio.from_samples(slices))
-    )
-
     rows, columns = config.latent_grid
     shape = (config.stream.chunk, rows, columns, config.flash_vae.latent_channels)
 
-    def chunk_noise(rng, count):
-        return jax.random.normal(jax.random.fold_in(jax.random.wrap_key_data(rng), count), shape)
+    def draw(rng, count):
+        key = jax.random.fold_in(jax.random.wrap_key_data(rng), count)
+        motion = jax.random.normal(jax.random.fold_in(key, 1), (config.stream.chunk, config.dit.motion))
+        return jax.random.normal(key, shape), motion
 
-    noise = jax.vmap(chunk_noise)(state.rng, state.chunk_count)
+    noise, motion = jax.vmap(draw)(state.rng, state.chunk_count)
+    heard = denoiser.dit.audio_keys_values(denoiser.audio.from_samples(slices))
+    conditions = Conditions(state.text, state.text_valid, heard, motion)
     state, latents = denoise_chunk(models, params.denoiser, state, conditions, noise)
 
     vae = models.flash_vae.bind(params.flash_vae)

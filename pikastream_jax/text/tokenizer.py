@@ -11,6 +11,7 @@ _WORD = re.compile(r"[a-z]+|[0-9]|[^\sa-z0-9]")
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.;:!?'-"
 PAD, START, UNKNOWN = 0, 1, 2
 _SPECIAL = ("<pad>", "<start>", "<unknown>")
+COMMA = len(_SPECIAL) + _LETTERS.index(",")
 
 
 class Tokenizer:

@@ -21,7 +21,6 @@ from jaxtyping import Array, Float, Int
 from pikastream_jax.config import Config
 from pikastream_jax.diffusion.flow import interpolate, solver_timesteps
 from pikastream_jax.dit import Denoiser
-from pikastream_jax.dit.model import Conditions
 from pikastream_jax.nn.layers import Functional, Params, functional
 from pikastream_jax.streaming.state import init_state, install_reference
 from pikastream_jax.streaming.step import Models, denoise_chunk
@@ -42,6 +41,8 @@ from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.training.previews import save_preview
 from pikastream_jax.weights.safetensors_io import restore_into
 
+MORE_NOISE = 1 / 3  # share of chunks that are moved to pure noise, where a step decides what the chunk will show
+
 
 @dataclasses.dataclass(frozen=True)
 class CausalConfig:
@@ -49,7 +50,7 @@ class CausalConfig:
 
     batch: int = 6
     latent_frames: int = 9  # the last chunk of three sees the whole window, as in a stream
-    reading: float = 0.7  # weight of what the latent reader misreads
+    reading: float = 1.0  # weight of what the latent reader misreads
     ema: float = 0.99
     optimiser: OptimiserConfig = OptimiserConfig(learning_rate=1.5e-3, warmup_steps=20, decay="linear")
 
@@ -88,7 +89,9 @@ def two_copies(config: Config, batch: DiTBatch, key: Array, chunk_ids: Int[Array
     k_step, k_context, k_query, k_distance = jax.random.split(key, 4)
     b, f = chunk_ids.shape
     times = jnp.asarray(solver_timesteps(config.stream.steps, config.stream.shift))
-    step_of_chunk = jax.random.randint(k_step, (b, f), 0, config.stream.steps)
+    k_first, k_any = jax.random.split(k_step)
+    step_of_chunk = jax.random.randint(k_any, (b, f), 0, config.stream.steps)
+    step_of_chunk = jnp.where(jax.random.uniform(k_first, (b, f)) < MORE_NOISE, 0, step_of_chunk)
     t_query = times[jnp.take_along_axis(step_of_chunk, chunk_ids, axis=1)]
     t_context = jnp.full((b, f), times[config.stream.steps - 1])
     context_noise = jax.random.normal(k_context, batch.latents.shape)
@@ -102,8 +105,9 @@ def causal_velocity(config: Config, model: Functional, params: Params, batch: Di
     """The student's velocity of the query copy."""
     denoiser = model.bind(params)
     text, valid = denoiser.text_conditions(batch.tokens[:, None], batch.valid[:, None])
-    once = denoiser.conditions(text, valid, batch.mel, batch.keep_audio)
-    twice = dataclasses.replace(once, audio=jax.tree.map(lambda kv: jnp.concatenate([kv, kv], axis=2), once.audio))
+    once = denoiser.conditions(text, valid, batch.mel, batch.motion, batch.keep_audio)
+    audio = jax.tree.map(lambda kv: jnp.concatenate([kv, kv], axis=2), once.audio)
+    twice = dataclasses.replace(once, audio=audio, motion=jnp.concatenate([once.motion, once.motion], axis=1))
     velocity = denoiser.dit.forward_sequence(
         copies.x,
         copies.t,
@@ -139,9 +143,10 @@ def sample_causal(
     size = config.stream.chunk
     chunks = []
     for first in range(0, f, size):
-        audio = denoiser.dit.audio_keys_values(denoiser.audio(batch.mel[:, first : first + size]))
+        now = slice(first, first + size)
+        conditions = denoiser.conditions(text, valid, batch.mel[:, now], batch.motion[:, now])
         noise = jax.random.normal(jax.random.fold_in(key, first), (b, size, *batch.latents.shape[2:]))
-        state, latents = denoise_chunk(models, params, state, Conditions(text, valid, audio), noise)
+        state, latents = denoise_chunk(models, params, state, conditions, noise)
         chunks.append(latents)
     return jnp.concatenate(chunks, axis=1)
 

@@ -7,18 +7,22 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pikastream_jax.config import Config
 from pikastream_jax.data.corpus import audio_slices, augment, load_corpus, window
 from pikastream_jax.nn.layers import Params
+from pikastream_jax.text.tokenizer import COMMA
 from pikastream_jax.training.clips import SPEECH, load_clips
+from pikastream_jax.training.innovations import QUANTITIES, fit_innovations, innovations
 from pikastream_jax.training.losses import region_weights
 
 REGION_WEIGHTS = (5.0, 1.5)  # what the boxes of mouth and eyes add to a latent's weight of 1: they are small and they matter
 CROP = 0.75  # share of the picture's sides that is trained on; faces stand in the middle, so any such part holds nearly all that is hard
 Settings = TypeVar("Settings")  # a stage's settings, with an `optimiser` among them
 DROP = 0.1  # share of rows that lose text, audio or reference, each on its own
+SHORT = 0.3  # share of captions that are cut at a comma: people write "a woman smiling" and no more
 
 
 @jax.tree_util.register_dataclass
@@ -35,14 +39,17 @@ class DiTBatch:
     weight: Float[Array, "b f r c"]  # of the loss; mean 1
     boxes: Float[Array, "b f 2 4"]  # mouth and eyes, in pixels of the part of the picture that the latents show
     truth: Float[Array, "b f o"]  # see `Clips`
+    motion: Float[Array, "b f k"]  # what is new in each latent frame's motion, see `innovations`
 
 
 def load_data(clips: Path, speech: Path = SPEECH) -> dict[str, Any]:
     """Everything a stage draws from: training and held-out clips, and the corpus."""
     corpus = load_corpus(speech)
+    train = load_clips(clips, "train")
     return {
-        "train": load_clips(clips, "train"),
+        "train": train,
         "held_out": load_clips(clips, "held_out"),
+        "innovations": fit_innovations(np.asarray(train.truth)),
         "mel": corpus.mel,
         "tracks": corpus.tracks,
     }
@@ -87,14 +94,16 @@ def draw_batch(
         reference. RoPE is relative and the DiT has no other notion of place, so to it a part is a picture with less around.
 
     Raises:
-      ValueError: the preset hears ahead, for which the prepared sound is not cut.
+      ValueError: the preset hears ahead, for which the prepared sound is not cut, or is told of another number of motions.
     """
+    if config.dit.motion != len(QUANTITIES):
+        raise ValueError(f"dit.motion {config.dit.motion}: clips tell of {len(QUANTITIES)} ({', '.join(QUANTITIES)}), use that")
     if config.audio.look_ahead:
         raise ValueError(f"audio.look_ahead {config.audio.look_ahead}: the clips' sound ends with its latent frame, use 0")
     rows, columns = config.latent_grid
     clips = data[split]
     count, length = clips.latents.shape[:2]
-    k_clip, k_offset, k_augment, k_drop = jax.random.split(key, 4)
+    k_clip, k_offset, k_augment, k_drop, k_cut, k_crop, k_motion = jax.random.split(key, 7)
     if train:
         index = jax.random.randint(k_clip, (batch,), 0, count)
         offset = jax.random.randint(k_offset, (batch,), 0, length - frames + 1)
@@ -114,8 +123,11 @@ def draw_batch(
     weight = region_weights(_latent_boxes(boxes, config.flash_vae.spatial_stride), rows, columns, REGION_WEIGHTS)
     keep = jax.random.uniform(k_drop, (3, batch)) >= (DROP if train else 0.0)
     reference = clips.reference[index].astype(jnp.float32)
+    tokens, valid = clips.tokens[index], clips.valid[index]
+    if train:
+        valid = _cut_captions(k_cut, tokens, valid)
     if crop < 1.0:
-        corner, size = _random_part(config, jax.random.fold_in(key, 4), batch, crop)
+        corner, size = _random_part(config, k_crop, batch, crop)
         latents, weight, reference = (_cropped(x, corner, size) for x in (latents, weight, reference[:, None]))
         reference = jnp.squeeze(reference, 1)
         boxes = boxes - config.flash_vae.spatial_stride * jnp.tile(corner, 2)[:, None, None]
@@ -123,12 +135,13 @@ def draw_batch(
         latents=latents.astype(jnp.float32),
         reference=jnp.where(keep[0][:, None, None, None], reference, 0.0),
         mel=mel,
-        tokens=clips.tokens[index],
-        valid=jnp.where(keep[1], clips.valid[index], 1),  # the start token alone is the empty prompt
+        tokens=tokens,
+        valid=jnp.where(keep[1], valid, 1),  # the start token alone is the empty prompt
         keep_audio=keep[2],
         weight=weight / jnp.mean(weight, axis=(2, 3), keepdims=True),
         boxes=boxes,
         truth=truth,
+        motion=innovations(data["innovations"], truth, k_motion),
     )
 
 
@@ -145,6 +158,15 @@ def without_audio(batch: DiTBatch) -> DiTBatch:
 def without_reference(batch: DiTBatch) -> DiTBatch:
     """The same with no reference given."""
     return dataclasses.replace(batch, reference=jnp.zeros_like(batch.reference))
+
+
+def _cut_captions(key: Array, tokens: Int[Array, "b l"], valid: Int[Array, "b"]) -> Int[Array, "b"]:
+    """How many tokens of each caption are left when `SHORT` of those with commas end before one of them."""
+    k_short, k_comma = jax.random.split(key)
+    comma = (tokens == COMMA) & (jnp.arange(tokens.shape[1]) < valid[:, None])
+    end = jnp.argmax(comma * jax.random.uniform(k_comma, comma.shape), axis=1)
+    short = jax.random.uniform(k_short, valid.shape) < SHORT
+    return jnp.where(short & comma.any(axis=1), end, valid)
 
 
 def _random_part(config: Config, key: Array, batch: int, share: float) -> tuple[Int[Array, "b 2"], tuple[int, int]]:

@@ -52,7 +52,7 @@ class GuidanceConfig:
     latent_frames: int = 9
     text: float = 3.2
     audio: float = 1.5
-    reference: float = 1.6
+    reference: float = 1.9
     ema: float = 0.98
     optimiser: OptimiserConfig = OptimiserConfig(learning_rate=1e-3, warmup_steps=20, decay="linear")
 
@@ -69,13 +69,15 @@ def guided_velocity(
 
 
 def build(config: Config, seed: int, init: dict[str, Path], updates: int = 200, learning_rate: float | None = None) -> Stage:
-    """The stage. `init` names `clips`, `flash_vae` (for pictures) and `denoiser`, the student of `dit_causal` to start from."""
+    """The stage. `init` names `clips`, `flash_vae` (for pictures) and `denoiser`, the student of `dit_causal` to start from and to guide; or to
+    start from alone, where it names a `guide`.
+    """
     settings = at_rate(GuidanceConfig(), learning_rate)
     model = functional(lambda rngs: Denoiser(config, rngs=rngs))
     optimiser = make_optimiser(model.abstract, settings.optimiser, updates)
 
-    def unguided() -> Params:
-        return restore_into(model.abstract, load_weights(init["denoiser"]))
+    def weights(name: str) -> Params:
+        return restore_into(model.abstract, load_weights(init[name]))
 
     def error(params: Params, guide: Params, batch: DiTBatch, key: Array, chunk_ids: Int[Array, "b f"]) -> Float[Array, ""]:
         copies = two_copies(config, batch, key, chunk_ids)
@@ -89,7 +91,7 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 200, 
         value, gradient = jax.value_and_grad(lambda params: error(text_kept(params), data["guide"], batch, k_loss, chunk_ids))(state.params)
         return state.descend(gradient, optimiser, settings.ema), {"loss": value}
 
-    data = functools.cache(lambda: load_data(init["clips"]) | {"guide": unguided()})
+    data = functools.cache(lambda: load_data(init["clips"]) | {"guide": weights("guide" if "guide" in init else "denoiser")})
 
     @jax.jit
     def held_out(params, data):
@@ -101,7 +103,7 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 200, 
         name="dit_guidance",
         total_steps=updates,
         seed=seed,
-        init=lambda: TrainState.start(unguided(), optimiser),
+        init=lambda: TrainState.start(weights("denoiser"), optimiser),
         update=update,
         data=data,
         config=record(config, settings),

@@ -59,7 +59,7 @@ def bidirectional_velocity(
     return denoiser.dit.forward_sequence(
         x,
         t,
-        denoiser.conditions(text, valid, batch.mel, batch.keep_audio),
+        denoiser.conditions(text, valid, batch.mel, batch.motion, batch.keep_audio),
         denoiser.dit.reference_keys_values(batch.reference),
         chunk_ids=jnp.zeros((b, f), jnp.int32),
         window=f,

@@ -30,10 +30,10 @@ from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.weights.safetensors_io import restore_into
 
-# What the face does, and each quantity's share of the error. Captions ask for a smile, brows and a gaze; where the eyes jump and when
-# they blink nobody can foretell, and the lips are learned without this.
+# What the face does, and each quantity's share of the error. Captions ask for a smile, brows and a gaze, the noise tells of jumps of the
+# eyes and of blinks (`innovations`), and the lips are learned without this.
 EXPRESSION = {
-    "smile": 0.4, "brow_raise": 0.15, "brow_furrow": 0.1, "gaze_x": 0.1, "gaze_y": 0.1, "blink": 0.05, "opening": 0.05, "width": 0.05,
+    "smile": 0.3, "brow_raise": 0.05, "brow_furrow": 0.05, "gaze_x": 0.05, "gaze_y": 0.05, "blink": 0.4, "opening": 0.05, "width": 0.05,
 }  # fmt: skip
 TOLD = ("yaw", "pitch", "roll")
 # Height and width around the box of each (of "whole": between mouth and eyes), as fractions of the picture's height.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pikastream_jax.dit.model import Conditions, KeysValues, timestep_embedding
+from pikastream_jax.dit.model import KeysValues, timestep_embedding
 from pikastream_jax.nn.rope import grid_positions, rope_tables, rotate
 from pikastream_jax.streaming.state import init_state, install_reference
 from pikastream_jax.streaming.step import slot_times, write_chunk
@@ -21,7 +21,7 @@ def setting():
     config = small_config()
     models, params = small_models(config)
     rows, columns = config.latent_grid
-    keys = jax.random.split(jax.random.key(5), 5)
+    keys = jax.random.split(jax.random.key(5), 6)
     inputs = dict(
         latents=jax.random.normal(keys[0], (2, FRAMES, rows, columns, 4)),
         reference=jax.random.normal(keys[1], (2, rows, columns, 4)),
@@ -29,6 +29,7 @@ def setting():
         tokens=jax.random.randint(keys[3], (2, 1, config.text.length), 0, 60),
         valid=jnp.array([[3], [6]]),
         t=jnp.repeat(jax.random.uniform(keys[4], (2, FRAMES // 2)), 2, axis=1),
+        motion=jax.random.normal(keys[5], (2, FRAMES, config.dit.motion)),
     )
     return config, models, params.denoiser, inputs
 
@@ -45,7 +46,7 @@ def compiled_sequence(config):
         return denoiser.dit.forward_sequence(
             inputs["latents"],
             inputs["t"],
-            denoiser.conditions(text, valid, inputs["mel"]),
+            denoiser.conditions(text, valid, inputs["mel"], inputs["motion"]),
             denoiser.dit.reference_keys_values(inputs["reference"]),
             chunk_ids=chunk_ids,
             window=config.stream.window,
@@ -73,15 +74,14 @@ def run_chunks(setting, config):
     state, text = start(params, inputs)
 
     @jax.jit
-    def run(params, state, text, latents, t, mel):
+    def run(params, state, text, latents, t, mel, motion):
         denoiser = models.denoiser.bind(params)
-        audio = denoiser.dit.audio_keys_values(denoiser.audio(mel))
         places = grid_positions(slot_times(config, state.ring_count), *config.token_grid)
         rotated = rotate(state.dit_k, rope_tables(*places, config.dit.head_dim))
         velocity, own = denoiser.dit.forward_chunk(
             latents,
             t,
-            Conditions(*text, audio),
+            denoiser.conditions(*text, mel, motion),
             KeysValues(rotated, state.dit_v),
             fixed_slots=(1 + config.stream.sink) * n,
             fixed_valid=(1 + state.sink_count) * n,
@@ -92,7 +92,7 @@ def run_chunks(setting, config):
     out = []
     for first in range(0, FRAMES, size):
         part = slice(first, first + size)
-        velocity, state = run(params, state, text, *(inputs[name][:, part] for name in ("latents", "t", "mel")))
+        velocity, state = run(params, state, text, *(inputs[name][:, part] for name in ("latents", "t", "mel", "motion")))
         out.append(velocity)
     assert run._cache_size() == 1
     return jnp.concatenate(out, axis=1)
@@ -137,6 +137,14 @@ def test_position_alone_tells_the_reference_apart(setting):
     changed = setting[3]["reference"].at[1].add(1.0)
     difference = np.abs(run_sequence(setting, chunk_ids, 4.0, reference=changed) - near).max(axis=(1, 2, 3, 4))
     assert difference[0] == 0 and difference[1] > 1e-3
+
+
+def test_motion_moves_its_own_frame_and_those_that_see_it(setting):
+    """Every frame a chunk of its own: what is new in frame 6 changes it, later frames through their window, and no earlier one."""
+    chunk_ids = jnp.broadcast_to(jnp.arange(FRAMES), (2, FRAMES))
+    changed = setting[3]["motion"].at[0, 6, 2].add(1.0)
+    difference = np.abs(run_sequence(setting, chunk_ids, motion=changed) - run_sequence(setting, chunk_ids)).max(axis=(2, 3, 4))
+    assert (difference[0, :6] == 0).all() and (difference[0, 6:] > 1e-4).all() and (difference[1] == 0).all()
 
 
 def test_audio_reaches_its_own_frame_first(setting):

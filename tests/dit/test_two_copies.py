@@ -3,13 +3,15 @@
 The context copy stands at the solver's last timestep and fills the cache, the query copy stands anywhere and reads it.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pikastream_jax.diffusion.flow import solver_timesteps
-from pikastream_jax.dit.model import Conditions, KeysValues
+from pikastream_jax.dit.model import KeysValues
 from pikastream_jax.nn.rope import grid_positions, rope_tables, rotate
 from pikastream_jax.streaming.state import init_state, install_reference
 from pikastream_jax.streaming.step import slot_times, write_chunk
@@ -36,6 +38,7 @@ def given():
         "t_context": jnp.full((BATCH, FRAMES), times[-2]),  # the last one evaluated; the very last is 0
         "t_query": jnp.repeat(jnp.asarray(rng.choice(times[:-1], (BATCH, CHUNKS)), jnp.float32), SIZE, axis=1),
         "mel": normal(BATCH, FRAMES, CONFIG.audio.mel_frames, CONFIG.audio.mels),
+        "motion": normal(BATCH, FRAMES, CONFIG.dit.motion),
         "reference": normal(BATCH, rows, columns, 4),
         "tokens": jnp.asarray(rng.integers(3, 60, (BATCH, 1, CONFIG.text.length)), jnp.int32),
         "valid": jnp.array([[2], [5]]),
@@ -46,12 +49,13 @@ def given():
 def two_copies(params, given):
     denoiser = MODELS.denoiser.bind(params)
     text, valid = denoiser.text_conditions(given["tokens"], given["valid"])
-    once = denoiser.conditions(text, valid, given["mel"])
-    twice = jax.tree.map(lambda kv: jnp.concatenate([kv, kv], axis=2), once.audio)
+    once = denoiser.conditions(text, valid, given["mel"], given["motion"])
+    audio = jax.tree.map(lambda kv: jnp.concatenate([kv, kv], axis=2), once.audio)
+    twice = dataclasses.replace(once, audio=audio, motion=jnp.concatenate([once.motion, once.motion], axis=1))
     velocity = denoiser.dit.forward_sequence(
         jnp.concatenate([given["context"], given["query"]], axis=1),
         jnp.concatenate([given["t_context"], given["t_query"]], axis=1),
-        Conditions(text, valid, twice),
+        twice,
         denoiser.dit.reference_keys_values(given["reference"]),
         chunk_ids=jnp.broadcast_to(jnp.arange(FRAMES) // SIZE, (BATCH, FRAMES)),
         window=CONFIG.stream.window,
@@ -72,7 +76,7 @@ def chunk_by_chunk(params, given):
     def chunk(state, part):
         places = grid_positions(slot_times(CONFIG, state.ring_count), *CONFIG.token_grid)
         cache = KeysValues(rotate(state.dit_k, rope_tables(*places, CONFIG.dit.head_dim)), state.dit_v)
-        conditions = Conditions(text, valid, denoiser.dit.audio_keys_values(denoiser.audio(part["mel"])))
+        conditions = denoiser.conditions(text, valid, part["mel"], part["motion"])
 
         def forward(latents, t):
             return denoiser.dit.forward_chunk(
@@ -92,7 +96,7 @@ def chunk_by_chunk(params, given):
     def by_chunk(leaf):  # [b, f, ...] -> [chunks, b, chunk, ...]
         return leaf.reshape(BATCH, CHUNKS, SIZE, *leaf.shape[2:]).swapaxes(0, 1)
 
-    parts = {name: by_chunk(given[name]) for name in ("context", "query", "t_context", "t_query", "mel")}
+    parts = {name: by_chunk(given[name]) for name in ("context", "query", "t_context", "t_query", "mel", "motion")}
     _, velocities = jax.lax.scan(chunk, state, parts)
     return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1).reshape(given["context"].shape), velocities)
 

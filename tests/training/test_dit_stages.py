@@ -12,8 +12,10 @@ from small_corpus import small_corpus
 
 from pikastream_jax.data.corpus import MEL_STEP
 from pikastream_jax.measuring.estimator import READERS
+from pikastream_jax.text.tokenizer import COMMA
 from pikastream_jax.training import conditions, dit_causal, dit_data, dit_guidance, dit_pretrain
 from pikastream_jax.training.clips import Clips
+from pikastream_jax.training.innovations import fit_innovations
 from pikastream_jax.training.latent_reader import COLUMNS, EXPRESSION, reader_model
 from pikastream_jax.training.mesh import replicate
 from pikastream_jax.training.optimiser import OptimiserConfig
@@ -34,18 +36,21 @@ def coded_data():
     boxes = np.zeros((COUNT, LENGTH, 2, 4), np.float32)
     boxes[:, :, 0] = [9, 8, 17, 16]  # touches rows 1-2 (8 to 24 pixels) and column 1
     boxes[:, :, 1] = [0, 0, 7.5, 32]  # row 0
+    truth = np.repeat(value[..., None] / 100, OUTPUTS, axis=-1).astype(np.float32)
+    truth[..., COLUMNS == "blink"] = -0.5  # open eyes
     clips = Clips(
         latents=np.broadcast_to(value[..., None, None, None], (COUNT, LENGTH, 6, 4, 4)).astype(np.float16),
         reference=np.broadcast_to(1.0 + clip[:, None, None, None], (COUNT, 6, 4, 4)).astype(np.float16),
         boxes=boxes,
-        truth=np.broadcast_to(value[..., None] / 100, (COUNT, LENGTH, OUTPUTS)).astype(np.float32),
+        truth=truth,
         speech_start=5 + clip,
         tokens=np.tile(10 + clip[:, None], (1, CONFIG.text.length)),
         valid=np.full(COUNT, 4),
     )
     clips = jax.tree.map(jnp.asarray, clips)
     sound = {"mel": jnp.asarray(corpus.mel), "tracks": jnp.asarray(corpus.tracks)}
-    return {"train": clips, "held_out": clips, "reader": randomised(READER.abstract, 0)} | sound
+    motion = {"innovations": fit_innovations(np.asarray(clips.truth))}
+    return {"train": clips, "held_out": clips, "reader": randomised(READER.abstract, 0)} | sound | motion
 
 
 def level(batch):
@@ -122,6 +127,23 @@ def test_a_tenth_of_the_rows_loses_each_condition_on_its_own():
     assert (np.asarray(batch.valid)[~no_prompt] == 4).all()
 
 
+def test_captions_are_cut_at_commas():
+    """Three in ten end before one of their commas, each as often; the comma after the caption's end counts for nothing."""
+    tokens = jnp.asarray([[1, 50, COMMA, 51, COMMA, 52, 0, COMMA]] * 4000 + [[1, 50, 51, 52, 53, 54, 55, 56]] * 10)
+    valid = jnp.asarray([6] * 4000 + [8] * 10)
+    left = np.asarray(dit_data._cut_captions(jax.random.key(0), tokens, valid))
+    assert (left[4000:] == 8).all()
+    shares = [(left[:4000] == end).mean() for end in (2, 4, 6)]
+    np.testing.assert_allclose(shares, [0.15, 0.15, 0.7], atol=0.03)
+    assert set(left[:4000]) == {2, 4, 6}
+
+
+def test_motions_that_clips_do_not_tell_of_are_refused():
+    config = dataclasses.replace(CONFIG, dit=dataclasses.replace(CONFIG.dit, motion=5))
+    with pytest.raises(ValueError, match="dit.motion 5: clips tell of 6"):
+        dit_data.draw_batch(config, coded_data(), "train", jax.random.key(0), 2, 3)
+
+
 def test_a_crop_is_the_same_part_of_video_reference_and_weight():
     place = np.stack(np.meshgrid(np.arange(6.0), np.arange(4.0), indexing="ij"), axis=-1).astype(np.float16)  # [6, 4, (row, column)]
     data = coded_data()
@@ -162,6 +184,7 @@ def test_what_the_causal_loss_asks():
     @dataclasses.dataclass(frozen=True)
     class Heard:
         audio: jax.Array
+        motion: jax.Array
 
     class Silent:
         """Takes the place of the denoiser, records what it is given, answers zero."""
@@ -171,14 +194,14 @@ def test_what_the_causal_loss_asks():
         def text_conditions(self, tokens, valid):
             return "text", valid
 
-        def conditions(self, text, valid, mel, keep_audio):
-            return Heard(mel[None])
+        def conditions(self, text, valid, mel, motion, keep_audio):
+            return Heard(mel[None], motion)
 
         def reference_keys_values(self, reference):
             return reference
 
         def forward_sequence(self, latents, t, conditions, reference, **rest):
-            asked.update(rest, latents=np.asarray(latents), t=np.asarray(t), audio=conditions.audio)
+            asked.update(rest, latents=np.asarray(latents), t=np.asarray(t), audio=conditions.audio, motion=conditions.motion)
             return jnp.zeros_like(latents)
 
     rng = np.random.default_rng(0)
@@ -193,6 +216,7 @@ def test_what_the_causal_loss_asks():
         weight=jnp.asarray(rng.uniform(0.5, 2, (b, f, 6, 4)), jnp.float32),
         boxes=jnp.zeros((b, f, 2, 4)),
         truth=jnp.zeros((b, f, OUTPUTS)),
+        motion=jnp.asarray(rng.normal(size=(b, f, 6)), jnp.float32),
     )
 
     def mean_of_latents(latents, boxes, truth):
@@ -229,6 +253,7 @@ def test_what_the_causal_loss_asks():
     assert parts["identity"] == pytest.approx(misread.mean(), rel=1e-4) == parts["expression"]
 
     np.testing.assert_array_equal(asked["audio"], np.concatenate([batch.mel, batch.mel], axis=1)[None])
+    np.testing.assert_array_equal(asked["motion"], np.concatenate([batch.motion, batch.motion], axis=1))
     np.testing.assert_array_equal(asked["chunk_ids"], chunk_ids)
     assert asked["copies"] == 2 and asked["window"] == 3
     distance = np.asarray(asked["reference_distance"])
@@ -270,7 +295,7 @@ def test_a_stage_learns(stage_module, settings, teacher, held_out, monkeypatch):
     update = jax.jit(stage.update)
     first = state = replicate(stage.init())
     data, losses = replicate(learnable_data()), []
-    for step in range(25):
+    for step in range(40):
         state, metrics = update(state, jax.random.fold_in(jax.random.key(0), step), data)
         state = dataclasses.replace(state, step=state.step + 1)
         losses.append(float(metrics["loss"]))
@@ -327,6 +352,16 @@ def test_the_guidance_stage_learns(student, monkeypatch):
     moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b).max(), state.params, first)
     moved = safetensors_io.flatten(moved)
     assert moved["dit.head.projection.kernel"] > 0 == max(value for name, value in moved.items() if name.startswith("text."))
+
+
+def test_a_guide_of_its_own(student, teacher, monkeypatch):
+    """Without a `guide` the student is guided by what it starts from."""
+    monkeypatch.setattr(dit_guidance, "load_data", lambda clips: {})
+    for named, guide in (({}, student), ({"guide": teacher}, teacher)):
+        stage = dit_guidance.build(CONFIG, 0, {"clips": None, "denoiser": student} | named, updates=100)
+        for path, params in ((student, stage.init().params), (guide, stage.data()["guide"])):
+            expected = safetensors_io.load(path)[0]["dit"]["head"]["projection"]["kernel"]
+            np.testing.assert_array_equal(params["dit"]["head"]["projection"]["kernel"], expected)
 
 
 @pytest.mark.parametrize("kind", ["identity", "expression"])
