@@ -10,8 +10,8 @@ _GAZE = re.compile(
 def with_gaze(prompt: str) -> str:
     """The prompt, with eye contact asked for where it is not empty and names no gaze.
 
-    Captions of the training almost always have eight words or more. On "a woman smiling" alone the tiny model smiles less than on the same
-    with a gaze, and a grid shows in the background.
+    Captions of the training mostly have eight words or more. On "a woman smiling" alone a model trained on nothing shorter smiled less than on
+    the same with a gaze, and drew a grid into the background.
 
     >>> with_gaze("a woman smiling")
     'a woman smiling, looking at the camera'
