@@ -13,6 +13,7 @@ from pikastream_jax.nn.layers import initial_params
 from pikastream_jax.training import latent_reader
 from pikastream_jax.training.clips import Clips
 from pikastream_jax.training.dit_data import DiTBatch
+from pikastream_jax.training.innovations import fit_innovations
 from tests.small import small_config
 
 CONFIG = small_config(height=128, width=128)  # 16 x 16 latents of 8 pixels
@@ -28,7 +29,7 @@ def params():
 def batch_of(latents, boxes, truth):
     b, f = latents.shape[:2]
     nothing = jnp.zeros((b, f))
-    return DiTBatch(latents, latents[:, 0], nothing, nothing, nothing, nothing, nothing, boxes, truth)
+    return DiTBatch(latents, latents[:, 0], nothing, nothing, nothing, nothing, nothing, boxes, truth, nothing)
 
 
 def example(b=2, f=3, rows=12):
@@ -97,6 +98,7 @@ def test_it_learns_and_is_told_nothing_that_it_should_say():
         speech_start=jnp.arange(b), tokens=jnp.zeros((b, CONFIG.text.length), jnp.int32), valid=jnp.ones(b, jnp.int32),
     )  # fmt: skip
     data = {"train": clips, "held_out": clips, "mel": jnp.asarray(mel), "tracks": jnp.zeros((240, 5), jnp.uint8)}
+    data["innovations"] = fit_innovations(np.asarray(truth))
     update, state, losses = jax.jit(stage.update), stage.init(), []
     for step in range(40):
         state, metrics = update(state, jax.random.fold_in(jax.random.key(0), step), data)
