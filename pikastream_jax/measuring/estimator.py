@@ -121,6 +121,8 @@ READERS = {
         },
     ),
 }
+# What every column of `true_readings` is.
+COLUMNS = np.array([kind for reader in READERS.values() for kind in (*reader.quantities, *["identity"] * reader.features)])
 IDENTITY_SIZE = sum(reader.features for reader in READERS.values())
 _EYES_LIFT = 5.0  # pixels by which the eyes' crop lies higher than their box, to hold raised brows
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from pikastream_jax.measuring.estimator import READERS
+from pikastream_jax.measuring.estimator import COLUMNS
 
 QUANTITIES = ("yaw", "pitch", "roll", "gaze_x", "gaze_y", "blink")
 _OPEN = -0.3  # of `blink` as `READERS` scales it: what lies above has begun before, and its end is no news
@@ -37,8 +37,7 @@ class Innovations:
 
 def motion(truth: Float[Array, "*b f o"]) -> Float[Array, "*b f k"]:
     """The columns of `true_readings` that `QUANTITIES` name."""
-    names = [kind for reader in READERS.values() for kind in (*reader.quantities, *["identity"] * reader.features)]
-    return truth[..., np.array([names.index(name) for name in QUANTITIES])]
+    return truth[..., np.array([COLUMNS.tolist().index(name) for name in QUANTITIES])]
 
 
 def fit_innovations(truth: Float[np.ndarray, "n f o"]) -> Innovations:

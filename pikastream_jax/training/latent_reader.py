@@ -21,7 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pikastream_jax.config import Config
-from pikastream_jax.measuring.estimator import READERS
+from pikastream_jax.measuring.estimator import COLUMNS, READERS
 from pikastream_jax.nn.layers import Functional, Params, functional, initial_params
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.dit_data import CROP, DiTBatch, draw_batch, load_data
@@ -52,8 +52,6 @@ class LatentReaderConfig:
     optimiser: OptimiserConfig = OptimiserConfig(learning_rate=2e-3, warmup_steps=50, decay="linear")
 
 
-# What every column of `true_readings` is.
-COLUMNS = np.array([kind for reader in READERS.values() for kind in (*reader.quantities, *["identity"] * reader.features)])
 _SHARES = {
     "identity": (COLUMNS == "identity") / np.sum(COLUMNS == "identity"),
     "expression": np.array([EXPRESSION.get(column, 0.0) for column in COLUMNS]),

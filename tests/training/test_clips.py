@@ -15,9 +15,8 @@ from small_corpus import small_corpus
 import configs
 from pikastream_jax.data.corpus import save_corpus, window
 from pikastream_jax.data.face import FaceState
-from pikastream_jax.measuring.estimator import READERS
+from pikastream_jax.measuring.estimator import COLUMNS, READERS
 from pikastream_jax.training import clips
-from pikastream_jax.training.latent_reader import COLUMNS
 from pikastream_jax.weights import safetensors_io
 from tests.small import small_config, small_models
 

@@ -11,12 +11,12 @@ import pytest
 from small_corpus import small_corpus
 
 from pikastream_jax.data.corpus import MEL_STEP
-from pikastream_jax.measuring.estimator import READERS
+from pikastream_jax.measuring.estimator import COLUMNS, READERS
 from pikastream_jax.text.tokenizer import COMMA
 from pikastream_jax.training import conditions, dit_causal, dit_data, dit_guidance, dit_pretrain
 from pikastream_jax.training.clips import Clips
 from pikastream_jax.training.innovations import fit_innovations
-from pikastream_jax.training.latent_reader import COLUMNS, EXPRESSION, reader_model
+from pikastream_jax.training.latent_reader import EXPRESSION, reader_model
 from pikastream_jax.training.mesh import replicate
 from pikastream_jax.training.optimiser import OptimiserConfig
 from pikastream_jax.weights import safetensors_io

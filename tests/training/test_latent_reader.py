@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pikastream_jax.data.face import neutral_state, sample_identity
-from pikastream_jax.measuring.estimator import READERS, true_readings
+from pikastream_jax.measuring.estimator import COLUMNS, READERS, true_readings
 from pikastream_jax.nn.layers import initial_params
 from pikastream_jax.training import latent_reader
 from pikastream_jax.training.clips import Clips
@@ -45,9 +45,9 @@ def test_truth_has_the_readers_order():
     identity, rest = sample_identity(jax.random.key(0)), neutral_state()
     changed = true_readings(identity, dataclasses.replace(rest, smile=jnp.float32(1.0), yaw=jnp.float32(0.2))) - true_readings(identity, rest)
     assert changed.shape == (OUTPUTS,)
-    moved = set(latent_reader.COLUMNS[np.abs(np.asarray(changed)) > 1e-6])
+    moved = set(COLUMNS[np.abs(np.asarray(changed)) > 1e-6])
     assert {"smile", "yaw"} <= moved <= {"smile", "yaw", "width", "mouth_x", "mouth_y", "eyes_x", "eyes_y"}
-    smile = float(changed[latent_reader.COLUMNS == "smile"][0])
+    smile = float(changed[COLUMNS == "smile"][0])
     assert smile == pytest.approx(1 / READERS["mouth"].quantities["smile"][1])
 
 
@@ -77,10 +77,10 @@ def test_misreading_by_hand(params):
     x_t = (1 - t[:, :, None, None, None]) * latents + t[:, :, None, None, None] * noise
     said = reader(x_t - t[:, :, None, None, None] * velocity, boxes, truth)
     error = np.asarray(said - reader(latents, boxes, truth)) ** 2
-    identity = latent_reader.COLUMNS == "identity"
+    identity = COLUMNS == "identity"
     assert identity.sum() == 32
     np.testing.assert_allclose(result["identity"], error[..., identity].mean(), rtol=1e-4)
-    expected = sum(share * error[..., list(latent_reader.COLUMNS).index(name)].mean() for name, share in latent_reader.EXPRESSION.items())
+    expected = sum(share * error[..., list(COLUMNS).index(name)].mean() for name, share in latent_reader.EXPRESSION.items())
     np.testing.assert_allclose(result["expression"], expected, rtol=1e-4)
     assert sum(latent_reader.EXPRESSION.values()) == pytest.approx(1.0)
     right = latent_reader.misreading(reader, batch_of(latents, boxes, truth), noise - latents, noise, t)
@@ -106,5 +106,5 @@ def test_it_learns_and_is_told_nothing_that_it_should_say():
         losses.append(float(metrics["loss"]))
     assert np.mean(losses[-5:]) < 0.5 * losses[0], losses
     reader = MODEL.bind(state.params)
-    hidden = truth.at[..., ~np.isin(latent_reader.COLUMNS, latent_reader.TOLD)].set(0.0)
+    hidden = truth.at[..., ~np.isin(COLUMNS, latent_reader.TOLD)].set(0.0)
     np.testing.assert_array_equal(reader(latents, boxes, truth), reader(latents, boxes, hidden))
