@@ -1,17 +1,25 @@
 """Presets by name."""
 
+import dataclasses
+
+from configs.base_1_3b import base_1_3b
+from configs.pikastream_9b import pikastream_9b
 from configs.tiny import tiny
 from pikastream_jax.config import Config
 
-PRESETS = {"tiny": tiny}
+PRESETS = {"base_1_3b": base_1_3b, "pikastream_9b": pikastream_9b, "tiny": tiny}
 
 
-def preset(name: str) -> Config:
+def preset(name: str, **stream) -> Config:
     """The preset called `name`.
 
+    Args:
+      stream: fields of `StreamConfig` that shall differ: the same models, run in another way.
+
     Raises:
-      ValueError: no preset has that name.
+      ValueError: no preset has that name, or the fields' values make no sense.
     """
     if name not in PRESETS:
         raise ValueError(f"no preset is called {name!r}; choose one of {', '.join(sorted(PRESETS))}")
-    return PRESETS[name]()
+    config = PRESETS[name]()
+    return dataclasses.replace(config, stream=dataclasses.replace(config.stream, **stream))

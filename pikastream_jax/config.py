@@ -6,6 +6,9 @@ Presets are functions in `configs/` that return a `Config`. Nothing here touches
 import dataclasses
 import math
 
+SCHEDULES = ("sequential", "rolling")
+PRECISIONS = ("float32", "bfloat16", "float8")
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -161,6 +164,10 @@ class StreamConfig:
     shift: float = 2.0  # moves the uniform timesteps towards noise
     reference_distance: int = 8  # latent frames between the chunk's last frame and the reference's place
     clean_pass: bool = False  # one more forward pass to cache keys of the clean chunk, instead of the last step's
+    schedule: str = "sequential"  # a chunk's steps one after another; or "rolling": `steps` chunks in flight, one pass for each that leaves
+    precision: str = "float32"  # of weights, activations and caches: "float32", "bfloat16", "float8" (bfloat16 with e4m3 products in the DiT)
+    attention: str = "auto"  # implementation of the attention kernels, see `pallas_kernels`
+    unroll_steps: bool = False  # steps as one straight program, which a GPU can replay as a graph; compiling takes longer
 
     def __post_init__(self):
         for name in ("fps", "height", "width", "chunk"):
@@ -175,10 +182,35 @@ class StreamConfig:
         )
         _require(1 <= self.steps <= 64, f"stream: steps {self.steps} must lie in 1-64")
         _require(self.shift > 0 and math.isfinite(self.shift), f"stream: shift {self.shift} must be positive and finite")
+        for name, known in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+            _require(getattr(self, name) in known, f"stream: {name} {getattr(self, name)!r} is not one of {', '.join(known)}")
+        _require(
+            not (self.rolling and self.clean_pass),
+            "stream: clean_pass True needs schedule 'sequential': a rolling buffer is never clean as a whole",
+        )
         _require(
             4 <= self.reference_distance <= 30,
             f"stream: reference_distance {self.reference_distance} must lie in 4-30, the range seen in training",
         )
+
+    @property
+    def rolling(self) -> bool:
+        return self.schedule == "rolling"
+
+    @property
+    def in_flight(self) -> int:
+        """Latent frames that are denoised together."""
+        return self.chunk * (self.steps if self.rolling else 1)
+
+    @property
+    def delay(self) -> int:
+        """Chunks of sound that come before a chunk's frames leave."""
+        return self.in_flight // self.chunk - 1
+
+    @property
+    def dtype(self) -> str:
+        """Of weights, activations and caches, quantised weights aside."""
+        return "float32" if self.precision == "float32" else "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,8 @@ sees nothing else. So streaming and offline are the same computation, and no lat
 SekoTalk's causal audio adapter, LightX2V).
 """
 
+import functools
+
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -20,8 +22,8 @@ MEL_FRAMES_PER_TOKEN = 4
 class AudioEncoder(nnx.Module):
     """A slice of sound -> its tokens."""
 
-    def __init__(self, config: AudioConfig, *, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: AudioConfig, *, impl: str = "auto", rngs: nnx.Rngs):
+        self.config, self.impl = config, impl
         self.patch_in = nnx.Linear(MEL_FRAMES_PER_TOKEN * config.mels, config.dim, rngs=rngs)
         self.position_table = nnx.Param(0.02 * rngs.params.normal((config.tokens, config.dim)))
         self.blocks = nnx.List([Block(config.dim, config.heads, config.heads, 3.0, rngs=rngs) for _ in range(config.blocks)])
@@ -35,10 +37,10 @@ class AudioEncoder(nnx.Module):
         """
         *batch, m, k = mel.shape
         x = mel.reshape(-1, m // MEL_FRAMES_PER_TOKEN, MEL_FRAMES_PER_TOKEN * k)
-        x = self.patch_in(x) + self.position_table[...]
+        x = self.patch_in(x.astype(self.patch_in.kernel.dtype)) + self.position_table[...]
         x = x[:, None]  # one group to a slice
         for block in self.blocks:
-            x = block(x, frame_attention)
+            x = block(x, functools.partial(frame_attention, impl=self.impl))
         return self.norm_out(x).reshape(*batch, -1, self.config.dim)
 
     def from_samples(self, slices: Float[Array, "*b n"]) -> Float[Array, "*b a d"]:

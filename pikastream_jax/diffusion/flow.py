@@ -2,7 +2,9 @@
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
+
+from pikastream_jax.config import StreamConfig
 
 
 def interpolate(clean: Float[Array, "b f *x"], noise: Float[Array, "b f *x"], t: Float[Array, "b f"]) -> Float[Array, "b f *x"]:
@@ -24,6 +26,18 @@ def solver_timesteps(steps: int, shift: float) -> np.ndarray:
     """
     uniform = 1.0 - np.arange(steps + 1) / steps
     return np.asarray(shift_timestep(uniform, shift), np.float32)
+
+
+def passes(stream: StreamConfig) -> tuple[Float32[np.ndarray, "passes f"], Float32[np.ndarray, "passes f"]]:
+    """Timesteps before and after every forward pass that a chunk takes, for each of the `stream.in_flight` latent frames.
+
+    Sequential: `steps` passes over one chunk. Rolling (StreamDiT, https://arxiv.org/abs/2507.03745; Rolling Forcing,
+    https://arxiv.org/abs/2509.25161): one pass over `steps` chunks, each a step noisier than the one before it; the first leaves it clean.
+    """
+    times = solver_timesteps(stream.steps, stream.shift)
+    if stream.rolling:
+        return np.repeat(times[-2::-1], stream.chunk)[None], np.repeat(times[:0:-1], stream.chunk)[None]
+    return np.repeat(times[:-1, None], stream.chunk, axis=1), np.repeat(times[1:, None], stream.chunk, axis=1)
 
 
 def logit_normal_timesteps(key: Array, shape: tuple[int, ...], shift: float) -> Float[Array, "..."]:

@@ -3,6 +3,8 @@
 Structure and names follow Wan 2.1 (Apache-2.0), so that its checkpoints fit: q and k RMSNorm over the full width before the split
 into heads, biases on all projections, one shared time projection added to a learned [6, d] table per block, GELU (tanh) MLP.
 The attention itself is given by the caller: over a whole sequence, or over the rolling cache.
+
+Tokens keep the dtype that they come in; norms, modulation and gates are computed in float32.
 """
 
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pikastream_jax.config import DiTConfig
-from pikastream_jax.nn.layers import MLP, RMSNorm, layer_norm
+from pikastream_jax.nn.layers import MLP, RMSNorm, linear_of, modulated_layer_norm
 
 
 class Attention(nnx.Module):
@@ -39,8 +41,30 @@ class Attention(nnx.Module):
         """Keys after RMSNorm and before RoPE, and values."""
         return self._split(self.norm_k(self.k(context))), self._split(self.v(context))
 
+    def project(self, x: Float[Array, "*b n d"]) -> tuple[Array, Array, Array]:
+        """Queries, keys and values of self-attention, each [*b, n, h, e], before RoPE."""
+        return self.queries(x), *self.keys_values(x)
+
     def merge(self, attended: Float[Array, "*b n h e"]) -> Float[Array, "*b n d"]:
         return self.o(attended.reshape(*attended.shape[:-2], -1))
+
+
+class FusedSelfAttention(nnx.Module):
+    """Self-attention in serving form: queries, keys and values of one product, since XLA would join the three matrices anew in every step."""
+
+    def __init__(self, attention: Attention):
+        parts = (attention.q, attention.k, attention.v)
+        self.heads, self.o = attention.heads, attention.o
+        self.norm_q, self.norm_k = attention.norm_q, attention.norm_k
+        kernel = jnp.concatenate([part.kernel[...] for part in parts], axis=1)
+        self.qkv = linear_of(kernel, jnp.concatenate([part.bias[...] for part in parts]))
+
+    _split, merge = Attention._split, Attention.merge
+
+    def project(self, x: Float[Array, "*b n d"]) -> tuple[Array, Array, Array]:
+        """See `Attention.project`."""
+        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+        return self._split(self.norm_q(q)), self._split(self.norm_k(k)), self._split(v)
 
 
 class DiTBlock(nnx.Module):
@@ -68,20 +92,24 @@ class DiTBlock(nnx.Module):
         """One block over frames of tokens.
 
         Args:
-          time: the shared projection of every frame's timestep.
+          time: the shared projection of every frame's timestep, float32.
           attend_self: (q, k, v), each [b, f, n, heads, head dim] before RoPE -> attended values of that shape.
           attend_text, attend_audio: q -> attended values; None leaves the sub-layer out (reference tokens take neither).
         """
         modulation = time + self.modulation[...]
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (modulation[:, :, i, None] for i in range(6))
-        normed = layer_norm(x, self.eps) * (1 + scale_a) + shift_a
         attention = self.self_attention
-        x = x + gate_a * attention.merge(attend_self(attention.queries(normed), *attention.keys_values(normed)))
+        normed = modulated_layer_norm(x, shift_a, scale_a, self.eps)
+        x = _gated_sum(x, gate_a, attention.merge(attend_self(*attention.project(normed))))
         if attend_text is not None:
             x = x + self.text_attention.merge(attend_text(self.text_attention.queries(self.norm_text(x))))
         if attend_audio is not None:
             x = x + self.audio_attention.merge(attend_audio(self.audio_attention.queries(self.norm_audio(x))))
-        return x + gate_m * self.mlp(layer_norm(x, self.eps) * (1 + scale_m) + shift_m)
+        return _gated_sum(x, gate_m, self.mlp(modulated_layer_norm(x, shift_m, scale_m, self.eps)))
+
+
+def _gated_sum(x: Float[Array, "b f n d"], gate: Float[Array, "b f 1 d"], y: Float[Array, "b f n d"]) -> Float[Array, "b f n d"]:
+    return (x + gate * y).astype(x.dtype)
 
 
 class OutputHead(nnx.Module):
@@ -97,4 +125,4 @@ class OutputHead(nnx.Module):
 
     def __call__(self, x: Float[Array, "b f n d"], embedding: Float[Array, "b f d"]) -> Float[Array, "b f n p"]:
         shift, scale = jnp.split(embedding[:, :, None] + self.modulation[...], 2, axis=2)
-        return self.projection(layer_norm(x, self.eps) * (1 + scale) + shift)
+        return self.projection(modulated_layer_norm(x, shift, scale, self.eps))

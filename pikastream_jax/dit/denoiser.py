@@ -14,9 +14,9 @@ class Denoiser(nnx.Module):
     """Everything between (noise, sound, prompt, reference) and latents that has parameters."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        self.dit = DiT(config.dit, rngs=rngs)
-        self.audio = AudioEncoder(config.audio, rngs=rngs)
-        self.text = TextEncoder(config.text, rngs=rngs)
+        self.dit = DiT(config.dit, impl=config.stream.attention, rngs=rngs)
+        self.audio = AudioEncoder(config.audio, impl=config.stream.attention, rngs=rngs)
+        self.text = TextEncoder(config.text, impl=config.stream.attention, rngs=rngs)
         self.null_audio_table = nnx.Param(0.1 * rngs.params.normal((config.audio.tokens, config.audio.dim)))
 
     def text_conditions(

@@ -55,8 +55,9 @@ def timestep_embedding(t: Float[Array, "*b"], dim: int) -> Float[Array, "*b d"]:
 class DiT(nnx.Module):
     """Noisy latents and conditions -> velocity (noise - clean)."""
 
-    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: DiTConfig, *, impl: str = "auto", rngs: nnx.Rngs):
+        """impl: which attention kernels to use, see `pallas_kernels`."""
+        self.config, self.impl = config, impl
         d = config.dim
         self.patch_in = nnx.Linear(config.patch**2 * config.latent_channels, d, rngs=rngs)
         self.text_embed = MLP(config.text_dim, d, d, rngs=rngs)
@@ -85,7 +86,7 @@ class DiT(nnx.Module):
         enters here.
         """
         rows, columns = reference.shape[1] // self.config.patch, reference.shape[2] // self.config.patch
-        x = self.patch_in(patchify(reference, self.config.patch))[:, None]
+        x = self._tokens(reference)[:, None]
         still = jnp.zeros((*x.shape[:2], self.config.motion))
         _, time = self._time(jnp.zeros(x.shape[:2]), still)
         tables = rope_tables(*grid_positions(jnp.zeros(1), rows, columns), self.config.head_dim)
@@ -93,7 +94,7 @@ class DiT(nnx.Module):
 
         def attend(q, k, v):
             collected.append((k[:, 0], v[:, 0]))
-            return frame_attention(rotate(q, tables), rotate(k, tables), v)
+            return frame_attention(rotate(q, tables), rotate(k, tables), v, impl=self.impl)
 
         for block in self.blocks:
             x = block(x, time, attend, None, None)
@@ -146,6 +147,7 @@ class DiT(nnx.Module):
                 window=window,
                 copies=copies,
                 fixed=(rotate(q, to_last), reference_k[layer], reference.v[layer]),
+                impl=self.impl,
             )
             return out.reshape(b, copies * f, n, *out.shape[2:])
 
@@ -187,6 +189,7 @@ class DiT(nnx.Module):
                 fixed_slots=fixed_slots,
                 fixed_valid=fixed_valid,
                 ring_valid=ring_valid,
+                impl=self.impl,
             )
             return out.reshape(b, f, n, *out.shape[2:])
 
@@ -194,15 +197,24 @@ class DiT(nnx.Module):
         return velocity, _stack(collected)
 
     def _time(self, t: Float[Array, "b f"], motion: Float[Array, "b f m"]) -> tuple[Float[Array, "b f d"], Float[Array, "b f 6 d"]]:
-        embedding = timestep_embedding(t, self.config.frequency_dim)
-        embedding = self.time_embed_out(jax.nn.silu(self.time_embed_in(embedding))) + self.motion_embed(motion)
+        """Embedding and projection of every latent frame's timestep and motion, in float32 whatever the weights are."""
+        embedding = timestep_embedding(t, self.config.frequency_dim).astype(self.dtype)
+        embedding = self.time_embed_out(jax.nn.silu(self.time_embed_in(embedding))) + self.motion_embed(motion.astype(self.dtype))
         time = self.time_projection(jax.nn.silu(embedding))
-        return embedding, time.reshape(*t.shape, 6, self.config.dim)
+        return embedding.astype(jnp.float32), time.astype(jnp.float32).reshape(*t.shape, 6, self.config.dim)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of weights, tokens, keys and values."""
+        return self.patch_in.kernel.dtype
+
+    def _tokens(self, latents: Float[Array, "*b r c z"]) -> Float[Array, "*b n d"]:
+        return self.patch_in(patchify(latents.astype(self.dtype), self.config.patch))
 
     def _run(self, latents, t, conditions: Conditions, attend_self) -> Float[Array, "b f r c z"]:
         b, f, height, width, _ = latents.shape
         patch = self.config.patch
-        x = self.patch_in(patchify(latents, patch))
+        x = self._tokens(latents)
         embedding, time = self._time(t, conditions.motion)
         text_groups = conditions.text_valid.shape[1]
 
@@ -211,17 +223,17 @@ class DiT(nnx.Module):
             def attend_text(q, layer=layer):
                 grouped = q.reshape(b, text_groups, -1, *q.shape[3:])
                 text = conditions.text
-                out = frame_attention(grouped, text.k[layer], text.v[layer], valid=conditions.text_valid)
+                out = frame_attention(grouped, text.k[layer], text.v[layer], valid=conditions.text_valid, impl=self.impl)
                 return out.reshape(q.shape)
 
             def attend_audio(q, layer=layer):
-                return frame_attention(q, conditions.audio.k[layer], conditions.audio.v[layer])
+                return frame_attention(q, conditions.audio.k[layer], conditions.audio.v[layer], impl=self.impl)
 
             def attend(q, k, v, layer=layer):
                 return attend_self(layer, q, k, v)
 
             x = block(x, time, attend, attend_text, attend_audio)
-        return unpatchify(self.head(x, embedding), patch, height // patch, width // patch)
+        return unpatchify(self.head(x, embedding).astype(jnp.float32), patch, height // patch, width // patch)
 
 
 def _stack(pairs: list[tuple[Array, Array]]) -> KeysValues:

@@ -18,7 +18,8 @@ from pikastream_jax.nn.patch import patchify
 class FlashVAE(nnx.Module):
     """Video in [-1, 1] <-> latents (not normalised: see `latents.LatentStatistics`)."""
 
-    def __init__(self, config: FlashVAEConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: FlashVAEConfig, *, impl: str = "auto", rngs: nnx.Rngs):
+        """impl: which attention kernels to use, see `pallas_kernels`."""
         self.config = config
         c, stride = config.latent_channels, config.spatial_stride
         self.patch_in = nnx.Linear(config.temporal_stride * stride * stride * 3, config.encoder_dim, rngs=rngs)
@@ -29,6 +30,7 @@ class FlashVAE(nnx.Module):
             config.encoder_kv_heads,
             config.window,
             config.mlp_ratio,
+            impl=impl,
             rngs=rngs,
         )
         self.norm_moments = RMSNorm(config.encoder_dim)
@@ -41,9 +43,10 @@ class FlashVAE(nnx.Module):
             config.decoder_kv_heads,
             config.window,
             config.mlp_ratio,
+            impl=impl,
             rngs=rngs,
         )
-        self.upsampler = Upsampler(config, rngs=rngs)
+        self.upsampler = Upsampler(config, impl=impl, rngs=rngs)
 
     def encode(self, video: Float[Array, "b t h w 3"]) -> tuple[Float[Array, "b f r c z"], Float[Array, "b f r c z"]]:
         """Mean and log variance of the latents of a whole clip.
@@ -75,18 +78,18 @@ class FlashVAE(nnx.Module):
     def _tokens(self, frames: Float[Array, "b t h w 3"]) -> Float[Array, "b n d"]:
         """One token per place, from the patches of all frames of a latent frame."""
         b, t = frames.shape[:2]
-        patches = patchify(frames, self.config.spatial_stride)
+        patches = patchify(frames.astype(self.patch_in.kernel.dtype), self.config.spatial_stride)
         return self.patch_in(patches.transpose(0, 2, 1, 3).reshape(b, patches.shape[2], t * patches.shape[3]))
 
     def _moments(self, x: Float[Array, "*b n d"], rows: int, columns: int) -> tuple[Array, Array]:
-        moments = self.moments(self.norm_moments(x)).reshape(*x.shape[:-2], rows, columns, -1)
+        moments = self.moments(self.norm_moments(x)).astype(jnp.float32).reshape(*x.shape[:-2], rows, columns, -1)
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(log_variance, -20.0, 4.0)
 
     def decode(self, latents: Float[Array, "b f r c z"]) -> Float[Array, "b t h w 3"]:
         """A whole clip, with the same window as `decode_step`."""
         b, f, rows, columns, _ = latents.shape
-        x = self.decoder(self.latent_in(latents.reshape(b, f, rows * columns, -1)), rows, columns)
+        x = self.decoder(self._latent_tokens(latents), rows, columns)
         frames = jax.vmap(lambda x: self.upsampler(x, rows, columns), in_axes=1, out_axes=1)(x)
         return frames.reshape(b, -1, *frames.shape[3:])
 
@@ -96,7 +99,10 @@ class FlashVAE(nnx.Module):
 
     def decode_step(self, cache: KVCache, latent: Float[Array, "b r c z"]) -> tuple[KVCache, Float[Array, "b t h w 3"]]:
         """One latent frame -> its video frames; cost and memory are the same at every frame."""
-        b, rows, columns, _ = latent.shape
-        x = self.latent_in(latent.reshape(b, rows * columns, -1))
-        x, cache = self.decoder.step(x, cache, rows, columns)
+        rows, columns = latent.shape[1:3]
+        x, cache = self.decoder.step(self._latent_tokens(latent), cache, rows, columns)
         return cache, self.upsampler(x, rows, columns)
+
+    def _latent_tokens(self, latents: Float[Array, "*b r c z"]) -> Float[Array, "*b n d"]:
+        *batch, rows, columns, z = latents.shape
+        return self.latent_in(latents.reshape(*batch, rows * columns, z).astype(self.latent_in.kernel.dtype))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import chunked_attention, ring_attention
 from pikastream_jax.nn.attention import Block
-from pikastream_jax.nn.ring import ring_ages, ring_write
+from pikastream_jax.nn.ring import ring_ages, write_rows
 from pikastream_jax.nn.rope import grid_positions, rope_tables, rotate
 
 
@@ -34,8 +34,10 @@ class KVCache:
 class CausalTransformer(nnx.Module):
     """Blocks over latent frames; a frame sees itself and the `window` frames before it."""
 
-    def __init__(self, dim: int, blocks: int, heads: int, kv_heads: int, window: int, mlp_ratio: float, *, rngs: nnx.Rngs):
-        self.window, self.kv_heads, self.head_dim = window, kv_heads, dim // heads
+    def __init__(
+        self, dim: int, blocks: int, heads: int, kv_heads: int, window: int, mlp_ratio: float, *, impl: str = "auto", rngs: nnx.Rngs
+    ):
+        self.window, self.kv_heads, self.head_dim, self.impl = window, kv_heads, dim // heads, impl
         self.blocks = nnx.List([Block(dim, heads, kv_heads, mlp_ratio, rngs=rngs) for _ in range(blocks)])
 
     def init_cache(self, batch: int, tokens: int, dtype=jnp.float32) -> KVCache:
@@ -52,7 +54,7 @@ class CausalTransformer(nnx.Module):
 
         def attend(q, k, v):
             return chunked_attention(
-                rotate(q, tables), rotate(k, tables), v, chunk_ids=each_its_own, window=self.window
+                rotate(q, tables), rotate(k, tables), v, chunk_ids=each_its_own, window=self.window, impl=self.impl
             )
 
         x = x.reshape(b, f * n, d)
@@ -72,8 +74,8 @@ class CausalTransformer(nnx.Module):
         for layer, block in enumerate(self.blocks):
 
             def attend(q, k, v, layer=layer):
-                new_k.append(ring_write(cache.k[layer], k, cache.count, self.window, n))
-                new_v.append(ring_write(cache.v[layer], v, cache.count, self.window, n))
+                new_k.append(k)
+                new_v.append(v)
                 return ring_attention(
                     rotate(q, here),
                     rotate(k, here),
@@ -84,7 +86,11 @@ class CausalTransformer(nnx.Module):
                     fixed_slots=0,
                     fixed_valid=nothing_fixed,
                     ring_valid=cache.ring_valid(n),
+                    impl=self.impl,
                 )
 
             x = block(x, attend)
-        return x, KVCache(jnp.stack(new_k), jnp.stack(new_v), cache.count + 1)
+        oldest = cache.count % self.window * n
+        return x, KVCache(
+            write_rows(cache.k, jnp.stack(new_k), oldest), write_rows(cache.v, jnp.stack(new_v), oldest), cache.count + 1
+        )

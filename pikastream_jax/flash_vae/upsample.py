@@ -34,8 +34,8 @@ def _unwindows(x: Float[Array, "b w n d"], size: int, shift: int, t: int, r: int
 class Upsampler(nnx.Module):
     """Tokens of one latent frame -> its video frames."""
 
-    def __init__(self, config: FlashVAEConfig, *, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: FlashVAEConfig, *, impl: str = "auto", rngs: nnx.Rngs):
+        self.config, self.impl = config, impl
         dim, t = config.refine_dim, config.temporal_stride
         self.expand = nnx.Linear(config.decoder_dim, t * dim, rngs=rngs)
         self.blocks = nnx.List(
@@ -66,9 +66,9 @@ class Upsampler(nnx.Module):
             tables = rope_tables(place[..., 0], place[..., 1], place[..., 2], dim // config.refine_heads)
 
             def attend(q, k, v, tables=tables):
-                return frame_attention(rotate(q, tables), rotate(k, tables), v)
+                return frame_attention(rotate(q, tables), rotate(k, tables), v, impl=self.impl)
 
             grouped = block(grouped, attend)
             x = _unwindows(grouped, size, shift, t, rows, columns) if size else grouped.reshape(b, t, rows, columns, dim)
-        pixels = self.head(self.norm(x)).reshape(b, t, rows * columns, -1)
+        pixels = self.head(self.norm(x)).astype(jnp.float32).reshape(b, t, rows * columns, -1)
         return unpatchify(pixels, config.spatial_stride, rows, columns)

@@ -79,7 +79,7 @@ def drift(
         count = face.chunk_samples(index)
         piece = loop[np.arange(at, at + count) % len(loop)]
         started = time.perf_counter()
-        frames = session.step(piece)
+        frames = np.asarray(session.step(piece))  # waits for the device
         times.append(time.perf_counter() - started)
         colours.append(_colours(frames[len(frames) // 2]))
         if index % 4 == 0:

@@ -87,7 +87,7 @@ def generated(face: TalkingFace) -> Filmer:
             count = face.chunk_samples(len(chunks))
             chunks.append(session.step(scene.audio[at : at + count]))
             at += count
-        return np.concatenate(chunks)
+        return np.concatenate([*chunks, session.finish()])
 
     return make
 

@@ -25,11 +25,14 @@ class RMSNorm(nnx.Module):
         return (x32 * self.scale[...]).astype(x.dtype)
 
 
-def layer_norm(x: Float[Array, "*b d"], eps: float = 1e-6) -> Float[Array, "*b d"]:
-    """LayerNorm without parameters, in float32."""
+def modulated_layer_norm(
+    x: Float[Array, "*b d"], shift: Float[Array, "*b #d"], scale: Float[Array, "*b #d"], eps: float = 1e-6
+) -> Float[Array, "*b d"]:
+    """AdaLN: LayerNorm without parameters, times 1 + scale, plus shift; in float32, rounded once to the dtype of x."""
     x32 = x.astype(jnp.float32)
     x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * (1 + scale) + shift).astype(x.dtype)
 
 
 class MLP(nnx.Module):
@@ -57,10 +60,29 @@ class Functional:
         return nnx.merge(self.graph, params)
 
 
+class _ShapesOnly:
+    """Stands in for `nnx.Rngs` where no number is ever drawn: counting keys in a trace takes time with the square of their number."""
+
+    params = property(lambda self: self)
+
+    def __call__(self) -> Array:
+        return jax.random.key(0)
+
+    def normal(self, shape: tuple[int, ...]) -> Array:
+        return jnp.zeros(shape)
+
+
 def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
     """The functional view of `build(rngs)`, without allocating a parameter."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: build(_ShapesOnly())))
     return Functional(graph, nnx.to_pure_dict(state))
+
+
+def linear_of(kernel: Float[Array, "i o"], bias: Float[Array, "o"]) -> nnx.Linear:
+    """A linear layer of given weights."""
+    linear = nnx.Linear(*kernel.shape, kernel_init=nnx.initializers.zeros_init(), rngs=_ShapesOnly())
+    linear.kernel, linear.bias = nnx.Param(kernel), nnx.Param(bias)
+    return linear
 
 
 def initial_params(build: Callable[[nnx.Rngs], nnx.Module], key: Array) -> Params:

@@ -15,21 +15,13 @@ def ring_ages(count: Int[Array, "b"], slots: int) -> Int[Array, "b s"]:
     return (count[:, None] - 1 - jnp.arange(slots)) % slots + 1
 
 
-def ring_write(
-    ring: Float[Array, "b s *x"], rows: Float[Array, "b n *x"], count: Int[Array, "b"], frames: int, tokens: int
-) -> Float[Array, "b s *x"]:
-    """Writes whole frames of new rows over the oldest.
+def write_rows(cache: Float[Array, "l b s *x"], rows: Float[Array, "l b n *x"], start: Int[Array, "b"]) -> Float[Array, "l b s *x"]:
+    """Overwrites slots [start, start + n) of every layer, each batch row at its own place.
 
-    Args:
-      ring: frames * tokens rows.
-      rows: new rows, a number of frames that divides `frames`, so that they never straddle the ring's end.
-      count: frames written before, a multiple of the new frames.
-      frames: frames that the ring holds.
-      tokens: rows of a frame.
+    Row by row, not by `vmap`, which would make a scatter of it: this way XLA writes a donated cache in place. A start beyond s - n would be
+    clamped silently (`jax.lax.dynamic_update_slice`), so whole frames must fit the ring evenly.
     """
-
-    def write(ring, rows, count):
-        start = (count % frames * tokens,) + (0,) * (ring.ndim - 1)
-        return jax.lax.dynamic_update_slice(ring, rows.astype(ring.dtype), start)
-
-    return jax.vmap(write)(ring, rows, count)
+    for row in range(cache.shape[1]):
+        place = (0, row, start[row]) + (0,) * (cache.ndim - 3)
+        cache = jax.lax.dynamic_update_slice(cache, rows[:, row : row + 1].astype(cache.dtype), place)
+    return cache

@@ -1,17 +1,18 @@
-"""Reader, model, encoder and output as four threads over bounded queues.
+"""Reader, model, copy, encoder and output as five threads over bounded queues.
 
-    audio -> [reader] -> AudioChunk -> [model] -> VideoChunk -> [encoder] -> packets -> [output]
+    audio -> [reader] -> AudioChunk -> [model] -> _Begun -> [copy] -> VideoChunk -> [encoder] -> packets -> [output]
 
-A slow output fills the queues and so slows the model down; nothing grows. A chunk is encoded and sent while the
-model works on the next one.
+A slow output fills the queues and so slows the model down; nothing grows. The model's thread hands work to the device and does not wait for
+it: a chunk is copied to host memory, encoded and sent while the device works on the next one.
 """
 
 import dataclasses
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import av
 import numpy as np
@@ -36,8 +37,11 @@ class Session(Protocol):
 
     reconstruction_psnr: float  # dB, of the reference picture through FlashVAE
 
-    def step(self, audio: Float32[np.ndarray, " n"]) -> UInt8[np.ndarray, "t h w 3"]:
-        """The next chunk of sound -> its frames."""
+    def step(self, audio: Float32[np.ndarray, " n"]) -> Any:
+        """The next chunk of sound -> the frames [t, h, w, 3] of the oldest chunk that is ready, uint8; `np.asarray` waits for them."""
+
+    def finish(self) -> UInt8[np.ndarray, "t h w 3"]:
+        """The frames of the chunks that were not ready when the sound ended."""
 
 
 @runtime_checkable
@@ -65,6 +69,15 @@ class VideoChunk:
     frames: UInt8[np.ndarray, "t h w 3"]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Begun:
+    """A chunk that the device works on."""
+
+    audio: AudioChunk
+    frames: Any  # uint8 [t, h, w, 3], on the device or on the way from it
+    at: float  # seconds of `time.perf_counter`
+
+
 class Pipeline:
     """Runs one stream from `source` through `session` to `output`."""
 
@@ -84,6 +97,7 @@ class Pipeline:
         self._output, self._media, self._meter, self._progress = output, media, meter, progress
         self._realtime = realtime
         self._audio: BoundedQueue[AudioChunk] = BoundedQueue(QUEUE_CHUNKS)
+        self._begun: BoundedQueue[_Begun] = BoundedQueue(1)  # one that the device works on and one that it may go on with
         self._video: BoundedQueue[VideoChunk] = BoundedQueue(QUEUE_CHUNKS)
         self._packets: BoundedQueue[_Encoded] = BoundedQueue(QUEUE_CHUNKS)
         self._stopping = threading.Event()
@@ -101,7 +115,7 @@ class Pipeline:
         """
         self._meter.started_at = time.perf_counter()
         # Not Thread.join: once interrupted by Ctrl-C, CPython (3.11, 3.12) takes the thread for ended.
-        ended = {stage: threading.Event() for stage in (self._read, self._generate, self._encode, self._send)}
+        ended = {stage: threading.Event() for stage in (self._read, self._generate, self._copy, self._encode, self._send)}
         for stage, event in ended.items():
             threading.Thread(target=self._guard, args=(stage, event), daemon=True).start()
         try:
@@ -113,7 +127,7 @@ class Pipeline:
                 ended[self._send].wait()
         except KeyboardInterrupt as error:
             self._fail(error)
-        for stage in (self._generate, self._encode):  # not the reader: it may wait for sound that never comes
+        for stage in (self._generate, self._copy, self._encode):  # not the reader: it may wait for sound that never comes
             ended[stage].wait()
         ended[self._send].wait(SEND_GRACE)  # after a second Ctrl-C: nobody may close the output while it is written to
         self._meter.ended_at = time.perf_counter()
@@ -144,7 +158,7 @@ class Pipeline:
         with self._lock:
             self._failure = self._failure or error
         self._stopping.set()
-        for queue in (self._audio, self._video, self._packets):
+        for queue in (self._audio, self._begun, self._video, self._packets):
             queue.cancel()
 
     def _guard(self, stage: Callable[[], None], ended: threading.Event) -> None:
@@ -168,16 +182,31 @@ class Pipeline:
         self._audio.close()
 
     def _generate(self) -> None:
+        waiting: deque[AudioChunk] = deque()  # whose frames are not ready
         for chunk in self._audio:
-            began = time.perf_counter()
-            frames = np.asarray(self._session.step(chunk.speech))  # waits for the device
+            waiting.append(chunk)
+            at = time.perf_counter()
+            frames = self._session.step(chunk.speech)
+            if len(frames):
+                self._begun.put(_Begun(waiting.popleft(), frames, at))
+        at, rest = time.perf_counter(), self._session.finish()
+        for index, chunk in enumerate(waiting):
+            first = index * self._generator.chunk_frames
+            self._begun.put(_Begun(chunk, rest[first : first + self._generator.chunk_frames], at))
+        self._begun.close()
+
+    def _copy(self) -> None:
+        free = 0.0  # when the device was done with the chunk before
+        for begun in self._begun:
+            frames = np.asarray(begun.frames)  # waits for the device
             ended = time.perf_counter()
-            if chunk.index == 0:
-                self._meter.time_to_first_frame = ended - chunk.ready_at
-                self._meter.first_chunk_audio_seconds = len(chunk.speech) / self._generator.sample_rate
-            self._meter.chunk_seconds.append(ended - began)
+            if begun.audio.index == 0:
+                self._meter.time_to_first_frame = ended - begun.audio.ready_at
+                self._meter.first_chunk_audio_seconds = len(begun.audio.speech) / self._generator.sample_rate
+            self._meter.chunk_seconds.append(ended - max(begun.at, free))
             self._meter.generated_frames += len(frames)
-            self._video.put(VideoChunk(chunk, frames))
+            free = ended
+            self._video.put(VideoChunk(begun.audio, frames))
         self._video.close()
 
     def _encode(self) -> None:

@@ -1,18 +1,27 @@
-"""The model ready to stream: weights loaded, the step compiled, sessions with plain NumPy in and out."""
+"""The model ready to stream: weights loaded and in serving form, the step compiled, sessions with plain arrays in and out."""
 
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, UInt8
+from jaxtyping import Array, Float, Float32, UInt8
 
 from pikastream_jax.audio.slices import chunk_sample_counts, max_chunk_samples
 from pikastream_jax.dit.model import KeysValues
 from pikastream_jax.streaming.package import Package, load_package
-from pikastream_jax.streaming.state import StepInputs, StreamState, init_state, install_prompt, install_reference
+from pikastream_jax.streaming.serving_form import serving_models, serving_params
+from pikastream_jax.streaming.state import (
+    StepInputs,
+    StreamState,
+    fill_buffer,
+    init_state,
+    install_prompt,
+    install_reference,
+)
 from pikastream_jax.streaming.step import ModelParams, generate_step
 from pikastream_jax.text.prompts import with_gaze
 
@@ -25,11 +34,13 @@ class Generator:
     psnr_warning = PSNR_WARNING
 
     def __init__(self, package: Package):
-        self.package = package
         self.config = config = package.config
+        self.tokenizer = package.tokenizer
+        # Only what serving needs is kept: of the single projections nothing remains once the package is gone.
+        self.models = models = serving_models(package.models)
+        self.params = serving_params(package.models, package.params)
         self.fps, self.size, self.sample_rate = config.stream.fps, config.stream.height, config.audio.sample_rate
         self.chunk_frames = config.chunk_frames
-        models = package.models
 
         def step(params: ModelParams, state: StreamState, inputs: StepInputs):
             return generate_step(models, params, state, inputs)
@@ -42,7 +53,11 @@ class Generator:
             error = jnp.mean((jnp.clip(vae.decode(latents), -1.0, 1.0) - video) ** 2)
             normalised = params.statistics.normalise(latents[:, 0])
             denoiser = models.denoiser.bind(params.denoiser)
-            return denoiser.dit.reference_keys_values(normalised), 10.0 * jnp.log10(4.0 / error)
+            return Reference(denoiser.dit.reference_keys_values(normalised), normalised), 10.0 * jnp.log10(4.0 / error)
+
+        def start(params: ModelParams, state: StreamState, reference: Reference):
+            silence = models.denoiser.bind(params.denoiser).audio.from_samples(jnp.zeros(config.audio.context_samples))
+            return fill_buffer(config, install_reference(state, reference.keys_values), reference.latents, silence)
 
         def encode_prompt(params: ModelParams, tokens: Array, valid: Array):
             return models.denoiser.bind(params.denoiser).text_conditions(tokens[None, None], valid[None, None])
@@ -66,6 +81,7 @@ class Generator:
         self._step = jax.jit(step, donate_argnums=1)
         self._encode_reference = jax.jit(encode_reference)
         self._encode_prompt = jax.jit(encode_prompt)
+        self._start = jax.jit(start, donate_argnums=1)
         self._reconstruct = jax.jit(reconstruct)
 
     def chunk_samples(self, index: int) -> int:
@@ -85,22 +101,28 @@ class Generator:
         """
         return Session(self, image, prompt, seed)
 
-    def encode_reference(self, image: UInt8[np.ndarray, "h w 3"]) -> tuple[KeysValues, float]:
-        """A reference's keys and values, and how well FlashVAE reproduces it, in dB."""
+    def encode_reference(self, image: UInt8[np.ndarray, "h w 3"]) -> tuple["Reference", float]:
+        """What a picture is to the DiT, and how well FlashVAE reproduces it, in dB."""
         expected = (self.config.stream.height, self.config.stream.width, 3)
         if image.shape != expected:
             raise ValueError(f"the reference has shape {image.shape}, the model takes {expected}: resize it first")
-        keys_values, psnr = self._encode_reference(self.package.params, jnp.asarray(image))
-        return keys_values, float(psnr)
+        reference, psnr = self._encode_reference(self.params, jnp.asarray(image))
+        return reference, float(psnr)
 
     def encode_prompt(self, prompt: str) -> tuple[KeysValues, Array]:
         """A prompt's keys and values, and how many tokens count; `with_gaze` adds eye contact where the prompt names no gaze."""
-        tokens, valid = self.package.tokenizer.encode(with_gaze(prompt))
-        return self._encode_prompt(self.package.params, jnp.asarray(tokens), jnp.asarray(valid, jnp.int32))
+        tokens, valid = self.tokenizer.encode(with_gaze(prompt))
+        return self._encode_prompt(self.params, jnp.asarray(tokens), jnp.asarray(valid, jnp.int32))
+
+    def start(self, reference: "Reference", prompt: tuple[KeysValues, Array], seed: int) -> StreamState:
+        """The state before the first sound."""
+        rng = jax.random.key_data(jax.random.key(seed))[None]
+        state = install_prompt(dataclasses.replace(init_state(self.config, 1), rng=rng), *prompt)
+        return self._start(self.params, state, reference)
 
     def run_step(self, state: StreamState, inputs: StepInputs) -> tuple[StreamState, UInt8[Array, "b t h w 3"]]:
         """The compiled step; `state` is donated."""
-        return self._step(self.package.params, state, inputs)
+        return self._step(self.params, state, inputs)
 
     def compiled_steps(self) -> int:
         """How often the step was compiled; 1 for ever once warm."""
@@ -108,7 +130,7 @@ class Generator:
 
     def reconstruct(self, video: UInt8[np.ndarray, "t h w 3"]) -> UInt8[np.ndarray, "t h w 3"]:
         """Video through FlashVAE's encoder and streaming decoder; t is a multiple of the temporal stride."""
-        return np.asarray(self._reconstruct(self.package.params, jnp.asarray(video)))
+        return np.asarray(self._reconstruct(self.params, jnp.asarray(video)))
 
     def warm_up(self) -> None:
         """Compiles the step before the first sound arrives."""
@@ -119,6 +141,15 @@ class Generator:
         jax.block_until_ready(self.run_step(init_state(config, 1), inputs))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """A picture as the DiT sees it."""
+
+    keys_values: KeysValues
+    latents: Float[Array, "b r c z"]  # normalised
+
+
 class Session:
     """One stream: its state, and how many chunks it has made."""
 
@@ -126,13 +157,13 @@ class Session:
         self._generator = generator
         self._chunk = 0
         reference, self.reconstruction_psnr = generator.encode_reference(image)
-        state = install_reference(init_state(generator.config, 1), reference)
-        state = install_prompt(state, *generator.encode_prompt(prompt))
-        rng = jax.random.key_data(jax.random.key(seed))[None]
-        self._state = dataclasses.replace(state, rng=rng)
+        self._state = generator.start(reference, generator.encode_prompt(prompt), seed)
 
-    def step(self, audio: Float32[np.ndarray, " n"]) -> UInt8[np.ndarray, "t h w 3"]:
-        """The next chunk of sound -> its frames, in host memory.
+    def step(self, audio: Float32[np.ndarray, " n"]) -> UInt8[Array, "t h w 3"]:
+        """The next chunk of sound -> the frames of the oldest chunk that is ready, already on their way to host memory.
+
+        The call does not wait for the device; `np.asarray` of the result does. In the rolling schedule the first `StreamConfig.delay` calls
+        give no frame (t = 0), and `finish` gives those that are left.
 
         Args:
           audio: `generator.chunk_samples(index)` samples of mono sound in [-1, 1].
@@ -149,13 +180,27 @@ class Session:
         inputs = StepInputs(jnp.asarray(padded), jnp.asarray([counts], jnp.int32))
         self._state, frames = self._generator.run_step(self._state, inputs)
         self._chunk += 1
-        return np.asarray(frames[0])
+        frames = frames[0] if self._chunk > config.stream.delay else frames[0, :0]
+        frames.copy_to_host_async()
+        return frames
+
+    def finish(self) -> UInt8[np.ndarray, "t h w 3"]:
+        """The frames of the chunks still in flight when the sound ends; they hear silence after it. None in the sequential schedule."""
+        stream = self._generator.config.stream
+        left = min(stream.delay, self._chunk)
+        frames = [self.step(np.zeros(self._generator.chunk_samples(self._chunk), np.float32)) for _ in range(stream.delay)]
+        shape = (0, stream.height, stream.width, 3)
+        return np.concatenate([np.zeros(shape, np.uint8), *map(np.asarray, frames[len(frames) - left :])])
 
 
-def load_generator(weights: Path | None = None) -> Generator:
+def load_generator(weights: Path | None = None, **stream: Any) -> Generator:
     """The generator of a weights file, the shipped one by default, with the step compiled.
 
     Compiled programs are kept in `JAX_COMPILATION_CACHE_DIR` or the user's cache folder, so the next start is quick.
+
+    Args:
+      weights: the file.
+      stream: fields of `StreamConfig` that shall differ from the preset's.
 
     Raises:
       FileNotFoundError, ValueError: see `load_package`.
@@ -163,7 +208,7 @@ def load_generator(weights: Path | None = None) -> Generator:
     if jax.config.jax_compilation_cache_dir is None:
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(home / "pikastream-jax"))
-    generator = Generator(load_package(weights))
+    generator = Generator(load_package(weights, **stream))
     generator.warm_up()
     return generator
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from configs import preset
@@ -43,19 +44,23 @@ def save_package(path: Path, config: Config, params: ModelParams, tokenizer: Tok
     safetensors_io.save(path, tree, {"pikastream": json.dumps(record)})
 
 
-def load_package(path: Path | None = None) -> Package:
+def load_package(path: Path | None = None, **stream: Any) -> Package:
     """Reads a file written by `save_package`; the shipped one when `path` is None.
+
+    Args:
+      path: the file.
+      stream: fields of `StreamConfig` that shall differ from the preset's; weights are read in the precision's dtype.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no package, or its sizes are not those of its preset.
+      ValueError: it is no package, its sizes are not those of its preset, or `stream` makes no sense.
     """
     path = SHIPPED if path is None else Path(path)
     loaded, header = safetensors_io.load(path)
     if "pikastream" not in header:
         raise ValueError(f"{path} holds no pikastream-jax model: make one with `python -m pikastream_jax.training.export`")
     record = json.loads(header["pikastream"])
-    config = preset(record["config"]["name"])
+    config = preset(record["config"]["name"], **stream)
     stored, present = record["config"], dataclasses.asdict(config)
     for part in ("audio", "text", "flash_vae", "dit"):
         if stored[part] != present[part]:
@@ -65,9 +70,14 @@ def load_package(path: Path | None = None) -> Package:
         {"mean": jnp.zeros(config.dit.latent_channels), "std": jnp.zeros(config.dit.latent_channels)},
         loaded.get("statistics", {}),
     )
+
+    def restored(name):
+        wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.stream.dtype), getattr(models, name).abstract)
+        return safetensors_io.restore_into(wanted, loaded.get(name, {}))
+
     params = ModelParams(
-        safetensors_io.restore_into(models.denoiser.abstract, loaded.get("denoiser", {})),
-        safetensors_io.restore_into(models.flash_vae.abstract, loaded.get("flash_vae", {})),
+        restored("denoiser"),
+        restored("flash_vae"),
         LatentStatistics(**statistics),
     )
     tokenizer = Tokenizer(record["words"], config.text.length)

@@ -11,8 +11,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from pikastream_jax.config import Config
+from pikastream_jax.diffusion.flow import interpolate, passes
 from pikastream_jax.dit.model import KeysValues
 from pikastream_jax.flash_vae import KVCache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RollingBuffer:
+    """Chunks between noise and clean that wait for the next pass, oldest and cleanest first; nothing (w = 0) in the sequential schedule."""
+
+    latents: Float[Array, "b w r c z"]
+    audio: Float[Array, "b w a d"]  # audio tokens of those latent frames
+    motion: Float[Array, "b w m"]
 
 
 @jax.tree_util.register_dataclass
@@ -25,6 +36,7 @@ class StreamState:
     text: KeysValues  # [layers, b, 1, length, h, e]
     text_valid: Int[Array, "b 1"]
     vae: KVCache  # FlashVAE decoder's window
+    buffer: RollingBuffer
     audio: Float[Array, "b context"]  # the last samples heard
     sink_count: Int[Array, "b"]  # latent frames in the sink
     ring_count: Int[Array, "b"]  # latent frames ever written to the ring
@@ -41,9 +53,10 @@ class StepInputs:
     samples: Int[Array, "b f"]  # how many of them each latent frame adds
 
 
-def init_state(config: Config, batch: int, dtype=jnp.float32) -> StreamState:
+def init_state(config: Config, batch: int) -> StreamState:
     """The start of a stream, before a reference and a prompt are installed."""
     dit, text, stream = config.dit, config.text, config.stream
+    dtype, waiting = jnp.dtype(stream.dtype), stream.in_flight - stream.chunk
     n = config.tokens_per_frame
     slots = (1 + stream.sink + stream.window) * n
     cache = (dit.blocks, batch, slots, dit.heads, dit.head_dim)
@@ -67,6 +80,11 @@ def init_state(config: Config, batch: int, dtype=jnp.float32) -> StreamState:
         text=KeysValues(jnp.zeros(prompt, dtype), jnp.zeros(prompt, dtype)),
         text_valid=jnp.ones((batch, 1), jnp.int32),
         vae=KVCache(jnp.zeros(decoder, dtype), jnp.zeros(decoder, dtype), count()),
+        buffer=RollingBuffer(
+            jnp.zeros((batch, waiting, rows, columns, vae.latent_channels)),
+            jnp.zeros((batch, waiting, config.audio.tokens, config.audio.dim), dtype),
+            jnp.zeros((batch, waiting, dit.motion)),
+        ),
         audio=jnp.zeros((batch, config.audio.context_samples)),
         sink_count=count(),
         ring_count=count(),
@@ -89,3 +107,26 @@ def install_reference(state: StreamState, reference: KeysValues) -> StreamState:
 def install_prompt(state: StreamState, text: KeysValues, valid: Int[Array, "b 1"]) -> StreamState:
     """Overwrites the prompt's keys and values."""
     return dataclasses.replace(state, text=text, text_valid=valid)
+
+
+def fill_buffer(config: Config, state: StreamState, reference: Float[Array, "b r c z"], silence: Float[Array, "a d"]) -> StreamState:
+    """The start of a rolling stream: what is in flight before the first sound is the reference, still and silent.
+
+    Those chunks leave first and are not shown; they give the first real one neighbours such as the model knows. Without effect in the
+    sequential schedule.
+
+    Args:
+      reference: normalised latents of the reference.
+      silence: audio tokens of a silent slice.
+    """
+    buffer = state.buffer
+    b, waiting = buffer.latents.shape[:2]
+    t = jnp.asarray(passes(config.stream)[0][0, :waiting])  # what the buffer's frames have at the start of a pass
+    def draw(rng):  # the chunks' keys are folded with their numbers; this is none of them
+        return jax.random.normal(jax.random.fold_in(jax.random.wrap_key_data(rng), 2**32 - 1), buffer.latents.shape[1:])
+
+    noise = jax.vmap(draw)(state.rng)
+    still = jnp.broadcast_to(reference[:, None], noise.shape)
+    latents = interpolate(still, noise, jnp.broadcast_to(t, (b, waiting)))
+    audio = jnp.broadcast_to(silence, buffer.audio.shape).astype(buffer.audio.dtype)
+    return dataclasses.replace(state, buffer=RollingBuffer(latents, audio, buffer.motion))

@@ -8,13 +8,13 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from pikastream_jax.audio.slices import chunk_slices
 from pikastream_jax.config import Config
-from pikastream_jax.diffusion.flow import solver_timesteps
+from pikastream_jax.diffusion.flow import passes
 from pikastream_jax.dit import Denoiser
 from pikastream_jax.dit.model import Conditions, KeysValues
 from pikastream_jax.flash_vae import FlashVAE
 from pikastream_jax.flash_vae.latents import LatentStatistics
 from pikastream_jax.nn.layers import Functional, Params, functional
-from pikastream_jax.nn.ring import ring_ages
+from pikastream_jax.nn.ring import ring_ages, write_rows
 from pikastream_jax.nn.rope import grid_positions, rope_tables, rotate
 from pikastream_jax.streaming.state import StepInputs, StreamState
 
@@ -42,17 +42,17 @@ class Models:
         return cls(
             config,
             functional(lambda rngs: Denoiser(config, rngs=rngs)),
-            functional(lambda rngs: FlashVAE(config.flash_vae, rngs=rngs)),
+            functional(lambda rngs: FlashVAE(config.flash_vae, impl=config.stream.attention, rngs=rngs)),
         )
 
 
 def slot_times(config: Config, ring_count: Int[Array, "b"]) -> Float[Array, "b g"]:
-    """Place in time of every cached latent frame (reference | sink | ring), relative to the chunk's last latent frame.
+    """Place in time of every cached latent frame (reference | sink | ring), relative to the last latent frame in flight.
 
     Relative places never grow, so a stream may last for ever.
     """
     stream = config.stream
-    first = 1 - stream.chunk  # the chunk's first latent frame
+    first = 1 - stream.in_flight  # of the chunk, or of the first chunk in flight
     reference = jnp.full((ring_count.shape[0], 1), stream.reference_distance)
     sink = first - stream.window - stream.sink + jnp.arange(stream.sink)  # right before the window
     sink = jnp.broadcast_to(sink, (ring_count.shape[0], stream.sink))
@@ -65,16 +65,10 @@ def write_chunk(config: Config, state: StreamState, chunk: KeysValues) -> Stream
     to_sink = state.sink_count < stream.sink
     slot = 1 + jnp.where(to_sink, state.sink_count, stream.sink + state.ring_count % stream.window)
 
-    def write(cache, rows):
-        def one(cache, rows, slot):
-            return jax.lax.dynamic_update_slice(cache, rows.astype(cache.dtype), (0, slot * n, 0, 0))
-
-        return jax.vmap(one, in_axes=(1, 1, 0), out_axes=1)(cache, rows, slot)
-
     return dataclasses.replace(
         state,
-        dit_k=write(state.dit_k, chunk.k),
-        dit_v=write(state.dit_v, chunk.v),
+        dit_k=write_rows(state.dit_k, chunk.k, slot * n),
+        dit_v=write_rows(state.dit_v, chunk.v, slot * n),
         sink_count=state.sink_count + jnp.where(to_sink, stream.chunk, 0),
         ring_count=state.ring_count + jnp.where(to_sink, 0, stream.chunk),
     )
@@ -83,11 +77,18 @@ def write_chunk(config: Config, state: StreamState, chunk: KeysValues) -> Stream
 def denoise_chunk(
     models: Models, params: Params, state: StreamState, conditions: Conditions, noise: Float[Array, "b f r c z"]
 ) -> tuple[StreamState, Float[Array, "b f r c z"]]:
-    """Few-step Euler from noise to normalised latents, then the cache takes the last step's keys and values."""
+    """Few-step Euler from noise to the normalised latents of a chunk, then the cache takes its keys and values of the last step.
+
+    In the rolling schedule the noise joins the chunks in flight, and the oldest of them leaves.
+
+    Args:
+      conditions: of all latent frames in flight.
+      noise: a new chunk at t = 1.
+    """
     config = models.config
     stream, n = config.stream, config.tokens_per_frame
     denoiser = models.denoiser.bind(params)
-    b, f = noise.shape[:2]
+    b = noise.shape[0]
 
     # The cached keys are turned to their places relative to this chunk once; all denoising steps read the turned copy.
     rows, columns = config.token_grid
@@ -99,47 +100,54 @@ def denoise_chunk(
         ring_valid=jnp.minimum(state.ring_count, stream.window) * n,
     )
 
-    timesteps = solver_timesteps(stream.steps, stream.shift)
-
     def euler(carry, times):
         x, _ = carry
-        t, t_next = times
-        velocity, own = denoiser.dit.forward_chunk(x, jnp.full((b, f), t), conditions, cache, **forward)
-        return (x + (t_next - t) * velocity, own), None
+        t, t_next = (jnp.broadcast_to(time, x.shape[:2]) for time in times)
+        velocity, own = denoiser.dit.forward_chunk(x, t, conditions, cache, **forward)
+        return (x + (t_next - t)[..., None, None, None] * velocity, own), None
 
-    own = jax.eval_shape(lambda x: denoiser.dit.forward_chunk(x, jnp.ones((b, f)), conditions, cache, **forward)[1], noise)
-    start = (noise, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), own))
-    (latents, own), _ = jax.lax.scan(euler, start, (timesteps[:-1], timesteps[1:]))
+    start = jnp.concatenate([state.buffer.latents, noise], axis=1)
+    ones = jnp.ones(start.shape[:2])
+    own = jax.eval_shape(lambda x: denoiser.dit.forward_chunk(x, ones, conditions, cache, **forward)[1], start)
+    own = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), own)
+    (x, own), _ = jax.lax.scan(euler, (start, own), passes(stream), unroll=stream.unroll_steps)
+    latents = x[:, : stream.chunk]
     if stream.clean_pass:
-        _, own = denoiser.dit.forward_chunk(latents, jnp.zeros((b, f)), conditions, cache, **forward)
-    return write_chunk(config, state, own), latents
+        _, own = denoiser.dit.forward_chunk(latents, jnp.zeros((b, stream.chunk)), conditions, cache, **forward)
+    state = write_chunk(config, state, jax.tree.map(lambda leaf: leaf[:, :, : stream.chunk * n], own))
+    return dataclasses.replace(state, buffer=dataclasses.replace(state.buffer, latents=x[:, stream.chunk :])), latents
 
 
 def generate_step(
     models: Models, params: ModelParams, state: StreamState, inputs: StepInputs
 ) -> tuple[StreamState, UInt8[Array, "b t h w 3"]]:
-    """One chunk of every stream: its new samples in, its video frames out."""
+    """One chunk of every stream: its new samples in; its video frames out, or in the rolling schedule those of `delay` chunks ago."""
     config = models.config
+    stream = config.stream
     denoiser = models.denoiser.bind(params.denoiser)
-    audio, slices = chunk_slices(state.audio, inputs.audio, inputs.samples, config.audio.context_samples)
+    samples, slices = chunk_slices(state.audio, inputs.audio, inputs.samples, config.audio.context_samples)
     rows, columns = config.latent_grid
-    shape = (config.stream.chunk, rows, columns, config.flash_vae.latent_channels)
+    shape = (stream.chunk, rows, columns, config.flash_vae.latent_channels)
 
     def draw(rng, count):
         key = jax.random.fold_in(jax.random.wrap_key_data(rng), count)
-        motion = jax.random.normal(jax.random.fold_in(key, 1), (config.stream.chunk, config.dit.motion))
+        motion = jax.random.normal(jax.random.fold_in(key, 1), (stream.chunk, config.dit.motion))
         return jax.random.normal(key, shape), motion
 
     noise, motion = jax.vmap(draw)(state.rng, state.chunk_count)
-    heard = denoiser.dit.audio_keys_values(denoiser.audio.from_samples(slices))
-    conditions = Conditions(state.text, state.text_valid, heard, motion)
+    audio = jnp.concatenate([state.buffer.audio, denoiser.audio.from_samples(slices)], axis=1)
+    motion = jnp.concatenate([state.buffer.motion, motion], axis=1)
+    conditions = Conditions(state.text, state.text_valid, denoiser.dit.audio_keys_values(audio), motion)
     state, latents = denoise_chunk(models, params.denoiser, state, conditions, noise)
+    buffer = dataclasses.replace(state.buffer, audio=audio[:, stream.chunk :], motion=motion[:, stream.chunk :])
 
     vae = models.flash_vae.bind(params.flash_vae)
-    cache, frames = jax.lax.scan(vae.decode_step, state.vae, params.statistics.restore(latents).swapaxes(0, 1))
-    frames = frames.swapaxes(0, 1).reshape(slices.shape[0], -1, *frames.shape[3:])
-    pixels = jnp.round((jnp.clip(frames, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
-    return dataclasses.replace(state, vae=cache, audio=audio, chunk_count=state.chunk_count + 1), pixels
+    cache, pixels = state.vae, []
+    for frame in range(stream.chunk):
+        cache, frames = vae.decode_step(cache, params.statistics.restore(latents[:, frame]))
+        pixels.append(jnp.round((jnp.clip(frames, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8))
+    state = dataclasses.replace(state, vae=cache, buffer=buffer, audio=samples, chunk_count=state.chunk_count + 1)
+    return state, jnp.concatenate(pixels, axis=1)
 
 
 def generate_clip(

@@ -15,7 +15,8 @@ from pikastream_jax.nn.layers import RMSNorm
 class TextEncoder(nnx.Module):
     """A small bidirectional Transformer over a prompt."""
 
-    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig, *, impl: str = "auto", rngs: nnx.Rngs):
+        self.impl = impl
         self.embedding_table = nnx.Param(0.5 * rngs.params.normal((config.vocabulary, config.dim)))
         self.position_table = nnx.Param(0.1 * rngs.params.normal((config.length, config.dim)))
         self.blocks = nnx.List([Block(config.dim, config.heads, config.heads, 3.0, rngs=rngs) for _ in range(config.blocks)])
@@ -26,5 +27,5 @@ class TextEncoder(nnx.Module):
         x = self.embedding_table[...][tokens] + self.position_table[...]
         x = x[:, None]  # one group to a prompt
         for block in self.blocks:
-            x = block(x, functools.partial(frame_attention, valid=valid[:, None]))
+            x = block(x, functools.partial(frame_attention, valid=valid[:, None], impl=self.impl))
         return jnp.squeeze(self.norm_out(x), 1)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from pallas_kernels import frame_attention
 from pikastream_jax.nn.attention import Block
-from pikastream_jax.nn.layers import MLP, RMSNorm, functional, initial_params, layer_norm, parameter_count
+from pikastream_jax.nn.layers import MLP, RMSNorm, functional, initial_params, modulated_layer_norm, parameter_count
 from tests.small import randomised
 
 DIM, HEADS, KV_HEADS = 24, 4, 2
@@ -85,10 +85,16 @@ def test_norms_against_float64():
     np.testing.assert_allclose(norm(jnp.asarray(x)), rms_norm64(x.astype(np.float64), scale), atol=1e-5)
     centred = x.astype(np.float64) - x.mean(-1, keepdims=True, dtype=np.float64)
     expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
-    np.testing.assert_allclose(layer_norm(jnp.asarray(x)), expected, atol=1e-5)
+    shift, gain = np.random.default_rng(3).normal(size=(2, 5, 1))
+    modulated = modulated_layer_norm(jnp.asarray(x), jnp.asarray(shift, jnp.float32), jnp.asarray(gain, jnp.float32))
+    np.testing.assert_allclose(modulated, expected * (1 + gain) + shift, atol=1e-5)
 
 
-@pytest.mark.parametrize("norm", [RMSNorm(8), layer_norm], ids=["rms", "layer"])
+def modulated(x):
+    return modulated_layer_norm(x, jnp.float32(0.3), jnp.float32(-0.4))
+
+
+@pytest.mark.parametrize("norm", [RMSNorm(8), modulated], ids=["rms", "layer"])
 def test_norms_work_in_float32_and_return_the_dtype_they_were_given(norm):
     """In bfloat16 the square of 300 keeps two digits; the result must be as good as a single rounding at the end."""
     x = jnp.asarray(300 + np.arange(8.0) * 4, jnp.bfloat16)

@@ -25,6 +25,9 @@ class FakeSession:
         frames[:, 64:192, 64:192] = (loudness * 255).astype(np.uint8)[:, None, None, None]
         return frames
 
+    def finish(self) -> np.ndarray:
+        return np.zeros((0, self.generator.size, self.generator.size, 3), np.uint8)
+
 
 class FakeGenerator:
     fps, size, sample_rate, chunk_frames, psnr_warning = 25, 256, 16_000, 12, 20.0

@@ -104,7 +104,7 @@ def test_the_clock_of_film(generator):
 def test_reconstruction_is_the_autoencoder_and_its_figure(generator):
     video = np.random.default_rng(3).integers(0, 256, (12, 48, 32, 3), np.uint8)
     out = generator.reconstruct(video)
-    models, params = generator.package.models, generator.package.params
+    models, params = generator.models, generator.params
     vae = models.flash_vae.bind(params.flash_vae)
     clip = jax.jit(lambda x: vae.decode(vae.encode(x)[0]))(video[None].astype(np.float32) / 127.5 - 1)
     expected = np.round((np.clip(clip[0], -1, 1) + 1) * 127.5)

@@ -1,0 +1,46 @@
+"""Matrix products in 8-bit floating point (e4m3), for inference.
+
+Weights are stored [out, in] with one scale per output channel, activations are scaled per token as they come, and both scales are applied to
+the float32 result: the form that XLA hands to cuBLASLt's fp8 product without transposing the weight (openxla, gemm_rewriter).
+Source of the number format: Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+E4M3_MAX = 448.0  # largest finite value of float8_e4m3fn
+_TINY = 1e-12  # a token or channel of zeros has scale _TINY instead of 0
+
+
+def quantise(x: Float[Array, "*b d"]) -> tuple[Float[Array, "*b d"], Float[Array, "*b 1"]]:
+    """x = values * scale, values in e4m3 with one float32 scale per row of the last axis."""
+    x32 = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(x32), axis=-1, keepdims=True), _TINY) / E4M3_MAX
+    return (x32 / scale).astype(jnp.float8_e4m3fn), scale
+
+
+def _product(x: Float[Array, "*b i"], kernel: Float[Array, "o i"]) -> Float[Array, "*b o"]:
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+class Float8Linear(nnx.Module):
+    """An `nnx.Linear` whose product is done in e4m3."""
+
+    def __init__(self, linear: nnx.Linear):
+        kernel, scale = quantise(linear.kernel[...].T)
+        self.kernel = nnx.Param(kernel)  # [out, in], e4m3
+        self.scale = nnx.Param(scale[:, 0])  # [out], float32
+        self.bias = linear.bias
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        values, scale = quantise(x)
+        # Products of two e4m3 numbers are exact in float32, so where there is no fp8 unit the same sum is taken of float32 copies.
+        product = jax.lax.platform_dependent(
+            values,
+            self.kernel[...],
+            cuda=_product,
+            default=lambda x, kernel: _product(x.astype(jnp.float32), kernel.astype(jnp.float32)),
+        )
+        return (product * scale * self.scale[...] + self.bias[...]).astype(x.dtype)
