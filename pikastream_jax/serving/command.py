@@ -71,6 +71,14 @@ class Options:
     """where to describe an RTP stream for players"""
     weights: Path | None = None
     """model weights (default: the shipped ones)"""
+    chunk: int | None = None
+    """latent frames (of 4 frames) made together: 1 answers soonest, 3 is fastest (default: the model's)"""
+    steps: int | None = None
+    """denoising steps of a chunk: fewer are faster, more are finer (default: the model's)"""
+    schedule: str | None = None
+    """sequential, or rolling: chunks denoised together at rising noise levels, shown steps - 1 chunks later (default: the model's)"""
+    precision: str | None = None
+    """of weights and products: float32, bfloat16 or float8; the lower ones are for GPUs (default: the model's)"""
 
     def __post_init__(self):
         if self.image is not None and self.avatar is not None:
@@ -83,6 +91,12 @@ class Options:
             raise ServeError(f"--size {self.size} must be an even number of pixels from {MIN_SIZE} to {MAX_SIZE}")
         if not MIN_RATE <= self.audio_rate <= MAX_RATE:
             raise ServeError(f"--audio-rate {self.audio_rate} is out of range; use {MIN_RATE} to {MAX_RATE} Hz")
+
+    @property
+    def stream(self) -> dict[str, int | str]:
+        """What differs from the way that the preset streams."""
+        fields = {name: getattr(self, name) for name in ("chunk", "steps", "schedule", "precision")}
+        return {name: value for name, value in fields.items() if value is not None}
 
     @property
     def over_rtp(self) -> bool:
@@ -161,7 +175,7 @@ def serve(options: Options, load_generator: Callable[..., Generator] | None = No
     if load_generator is None:
         from pikastream_jax.streaming.generator import load_generator  # here: JAX takes a second
     try:
-        generator = load_generator(weights=options.weights)
+        generator = load_generator(weights=options.weights, **options.stream)
     except (OSError, ValueError) as error:
         raise ServeError(f"cannot load the model: {' '.join(str(error).split())}") from error
     session = generator.session(reference_pixels(image, generator.size), options.prompt, options.seed)

@@ -124,11 +124,31 @@ def test_nothing_is_written_over_what_the_stream_is_made_from(folder, capsys, op
     assert (folder / f"{name}.mp4").read_bytes() == before
 
 
+def test_how_it_streams_goes_to_the_model_and_what_is_not_said_is_left_to_it(folder):
+    seen = []
+
+    def load(weights=None, **stream):
+        seen.append(stream)
+        return FakeGenerator()
+
+    assert run(folder, load=load) == 0
+    assert run(folder, "--chunk", 1, "--steps", 2, "--schedule", "rolling", "--precision", "bfloat16", load=load) == 0
+    assert seen == [{}, {"chunk": 1, "steps": 2, "schedule": "rolling", "precision": "bfloat16"}]
+
+
+def test_a_way_of_streaming_that_makes_no_sense_is_one_line(folder, capfd):
+    def load(weights=None, **stream):
+        raise ValueError(f"stream: steps {stream['steps']} must lie in 1-64")
+
+    assert run(folder, "--steps", 0, load=load) == 1
+    assert capfd.readouterr().err.splitlines() == ["error: cannot load the model: stream: steps 0 must lie in 1-64"]
+
+
 def test_defaults_and_help(capsys):
     assert parse(["--audio", "-"]) == Options(audio="-")
     with pytest.raises(SystemExit) as done:
         main(["--help"])
     assert done.value.code == 0
     text = capsys.readouterr().out
-    for option in ("--audio", "--image", "--avatar", "--prompt", "--seed", "--output", "--fps", "--size", "--realtime"):
+    for option in ("--audio", "--image", "--avatar", "--prompt", "--seed", "--output", "--fps", "--size", "--realtime", "--chunk", "--schedule"):
         assert option in text

@@ -2,6 +2,7 @@
 
 import _thread
 import json
+import math
 import threading
 import time
 from fractions import Fraction
@@ -160,6 +161,27 @@ def test_a_chunk_leaves_while_the_next_is_made(tmp_path):
         assert (
             len(play(before_next).frames) >= 12 * (chunk + 1) - 1
         )  # a reader cannot know that the last picture is whole
+
+
+def test_a_model_that_answers_late_stays_in_sync(tmp_path):
+    """Frames that come two chunks after their sound are shown with it, to the last."""
+
+    class Late(FakeGenerator):
+        def session(self, image, prompt, seed):
+            session = super().session(image, prompt, seed)
+            step, made = session.step, []
+
+            def delayed(audio):
+                made.append(step(audio))
+                return made[-3] if len(made) > 2 else made[-1][:0]
+
+            session.step, session.finish = delayed, lambda: np.concatenate(made[-2:])
+            return session
+
+    for seconds in (3.0, 0.7):
+        assert run(tmp_path, tmp_path / "out.mp4", seconds=seconds, generator=Late(), first=0.4, every=1.0) == 0
+        assert len(play(tmp_path / "out.mp4").frames) == math.ceil(seconds * 25)
+        assert_in_sync(play(tmp_path / "out.mp4"), [at for at in (0.4, 1.4, 2.4) if at < seconds])
 
 
 def test_a_failing_model_leaves_nothing_behind(tmp_path):

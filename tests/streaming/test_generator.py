@@ -1,5 +1,6 @@
 """Sessions: plain NumPy in and out, one program for all of them, an exact clock, errors with the number that is wrong."""
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -20,14 +21,19 @@ TOKENIZER = Tokenizer(("smiling", "woman"), CONFIG.text.length)
 
 
 @pytest.fixture(scope="module")
-def generator(tmp_path_factory):
-    """The small preset from a file, as serving loads it."""
+def load(tmp_path_factory):
+    """Loads the small preset from a file, as serving does, run as the fields say."""
     path = tmp_path_factory.mktemp("generator") / "small.safetensors"
     _, params = small_models(CONFIG)
     save_package(path, CONFIG, params, TOKENIZER, {})
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(configs.PRESETS, "small", lambda: CONFIG)
-        return load_generator(path)
+        yield functools.partial(load_generator, path)
+
+
+@pytest.fixture(scope="module")
+def generator(load):
+    return load()
 
 
 def picture(seed=0):
@@ -73,6 +79,36 @@ def test_sessions_share_nothing(generator):
         neighbour.step(sound(generator, chunk, seed=5))
         frames.append(session.step(sound(generator, chunk)))
     np.testing.assert_array_equal(np.concatenate(frames), alone)
+
+
+def test_a_rolling_stream_gives_its_frames_late_and_none_is_lost(load):
+    rolling = load(schedule="rolling", steps=3)
+    session = rolling.session(picture(), "smiling", 0)
+    early = [np.asarray(session.step(sound(rolling, chunk))) for chunk in range(CHUNKS)]
+    assert [len(frames) for frames in early] == [0, 0] + [8] * (CHUNKS - 2)
+    rest = session.finish()
+    assert rest.shape == (16, 48, 32, 3) and rest.dtype == np.uint8 and rest.std() > 0.1 * 127
+    # The same stream with silence after it, pushed by hand.
+    session = rolling.session(picture(), "smiling", 0)
+    silence = [np.zeros(rolling.chunk_samples(CHUNKS + i), np.float32) for i in range(2)]
+    by_hand = [np.asarray(session.step(audio)) for audio in [*(sound(rolling, chunk) for chunk in range(CHUNKS)), *silence]]
+    np.testing.assert_array_equal(np.concatenate(by_hand), np.concatenate([*early, rest]))
+    short = rolling.session(picture(), "smiling", 0)
+    assert len(short.step(sound(rolling, 0))) == 0 and len(short.finish()) == 8, "a stream shorter than the delay is not lost either"
+
+
+def test_a_sequential_stream_has_nothing_left(generator):
+    session = generator.session(picture(), "smiling", 0)
+    assert len(session.step(sound(generator, 0))) == 8 and session.finish().shape == (0, 48, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"chunk": 3}, "window 4 must be a positive multiple of chunk 3"), ({"precision": "fp4"}, "precision 'fp4' is not one of")],
+)
+def test_how_it_streams_is_checked(load, fields, message):
+    with pytest.raises(ValueError, match=message):
+        load(**fields)
 
 
 @pytest.mark.parametrize("shape", [(32, 48, 3), (48, 32), (48, 32, 4), (256, 256, 3)])
