@@ -30,6 +30,8 @@ from jaxtyping import PyTree
 
 WHEELS = Path(os.environ.get("PIKASTREAM_CUDA_WHEELS", Path(__file__).parent.parent / ".cache" / "cuda"))
 _CARD = Path(__file__).with_name("h200.txtpb")
+# On the card XLA times its own Triton products against cuBLASLt's. Here nothing is timed and Triton's would always be taken.
+_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
 def available() -> bool:
@@ -116,7 +118,7 @@ def compile_program(fn: Callable, *args: PyTree[Any], **jit_options: Any) -> Pro
     """
     args = placed(args)
     with _ptxas_reports() as reports:
-        compiled = jax.jit(fn, **jit_options).lower(*args).compile()
+        compiled = jax.jit(fn, **jit_options).lower(*args).compile(_OPTIONS)
         kernels = tuple(reports())
     memory = compiled.memory_analysis()
     return Program(

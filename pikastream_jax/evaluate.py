@@ -57,12 +57,21 @@ class Arguments:
     """Length of the long stream; 0 leaves it out. It takes this long over the real-time factor."""
     video: tuple[Path, ...] = ()
     """Real videos for FlashVAE, reported separately."""
+    precision: str | None = None
+    """Of weights and products: float32, bfloat16 or float8; the preset's by default."""
+    schedule: str | None = None
+    """sequential or rolling; the preset's by default."""
     quick: bool = False
     """A minute's look with few clips and no long stream; its figures are rough."""
 
     def __post_init__(self):
         if self.minutes_of_drift != 0 and self.minutes_of_drift < 1:
             raise ValueError(f"--minutes-of-drift {self.minutes_of_drift} must be 0 or at least 1")
+
+    @property
+    def stream(self) -> dict[str, str]:
+        """What differs from the way that the preset streams."""
+        return {name: value for name in ("precision", "schedule") if (value := getattr(self, name)) is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +239,7 @@ def main() -> int:
         arguments = tyro.cli(Arguments)
         from pikastream_jax.streaming.generator import load_generator
 
-        result, clips = evaluate(load_generator(arguments.weights), arguments)
+        result, clips = evaluate(load_generator(arguments.weights, **arguments.stream), arguments)
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "result.json").write_text(json.dumps(plain(result), indent=2) + "\n")
         save_sheet(arguments.out / "sheet.png", clips)

@@ -1,7 +1,7 @@
 """Portraits of procedural people: the avatars that are shipped, and the grid of faces in the documents.
 
 `python -m pikastream_jax.data.gallery --out pikastream_jax/assets/avatars` draws the avatars,
-`python -m pikastream_jax.data.gallery --grid docs/faces.png` the grid. Both are a function of `SEED` and of the numbers
+`python -m pikastream_jax.data.gallery --grid docs/faces.webp` the grid. Both are a function of `SEED` and of the numbers
 below alone. No stage of training meets these people: its keys are folded out of the seed given to `train.py` (0 for the
 shipped weights), not out of `SEED`.
 """
@@ -92,7 +92,7 @@ def main() -> None:
     if arguments.grid is not None:
         arguments.grid.parent.mkdir(parents=True, exist_ok=True)
         pictures = portraits(np.arange(arguments.people), GRID_SIZE)
-        Image.fromarray(tile(pictures, GRID_COLUMNS)).save(arguments.grid, optimize=True)
+        Image.fromarray(tile(pictures, GRID_COLUMNS)).save(arguments.grid, optimize=True, quality=90)
         print(arguments.grid)
 
 
