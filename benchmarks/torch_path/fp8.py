@@ -30,12 +30,16 @@ class Linear8(nn.Module):
     def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         values, scale = quantise(x.flatten(0, -2))
         if x.is_cuda:
-            out = torch._scaled_mm(
-                values, self.weight.T, scale, self.scale, bias=self.bias, out_dtype=x.dtype, use_fast_accum=True
-            )
+            out = self.scaled_product(values, scale, x.dtype)
         else:
             out = (values.float() @ self.weight.float().T * scale * self.scale + self.bias.float()).to(x.dtype)
         return out.unflatten(0, x.shape[:-1])
+
+    def scaled_product(self, values: Float[Tensor, "n i"], scale: Float[Tensor, "n 1"], dtype: torch.dtype) -> Float[Tensor, "n o"]:
+        """The whole product and its scaling as one kernel."""
+        return torch._scaled_mm(
+            values, self.weight.T, scale, self.scale, bias=self.bias, out_dtype=dtype, use_fast_accum=True
+        )
 
 
 def to_fp8(module: nn.Module, names: tuple[str, ...]) -> None:

@@ -173,6 +173,16 @@ def test_fp8_linear():
     torch.testing.assert_close(eighth(x.unflatten(0, (5, 1))).flatten(0, 1).double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_fp8_kernel_gets_what_it_takes():
+    """What runs on CUDA alone; newer versions of PyTorch have the same operator for CPUs."""
+    x, eighth = to_torch(normal(0, 5, 32)).bfloat16(), Linear8(torch.nn.Linear(32, 48).bfloat16())
+    try:
+        out = eighth.scaled_product(*quantise(x), torch.bfloat16)
+    except (NotImplementedError, RuntimeError) as error:
+        pytest.skip(f"this PyTorch has no torch._scaled_mm for CPUs: {error}")
+    torch.testing.assert_close(out, eighth(x), rtol=1e-2, atol=1e-2)
+
+
 def test_fp8_needs_widths_of_16():
     config = small_config()
     with pytest.raises(ValueError, match="fp8: mlp.up is 48 -> 72; both must be multiples of 16"):
