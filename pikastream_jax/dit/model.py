@@ -107,7 +107,7 @@ class DiT(nnx.Module):
         latents: Float[Array, "b cf r c z"],
         t: Float[Array, "b cf"],
         conditions: Conditions,
-        reference: KeysValues,
+        reference: KeysValues | None,
         *,
         chunk_ids: Int[Array, "b f"],
         window: int,
@@ -120,7 +120,7 @@ class DiT(nnx.Module):
           latents: noisy latents; with two copies the context copy comes first.
           t: every latent frame's timestep.
           conditions: for cf latent frames (audio and motion; text where it changes).
-          reference: `reference_keys_values`.
+          reference: `reference_keys_values`; None for none, as in Wan's text-to-video models.
           chunk_ids: the chunk of every latent frame; all equal is the bidirectional teacher.
           window: latent frames before its chunk that a frame sees.
           reference_distance: from the last latent frame of every chunk to the reference's place.
@@ -135,7 +135,7 @@ class DiT(nnx.Module):
         absolute = rope_tables(*grid_positions(jnp.tile(frame, copies), rows, columns), head_dim)
         to_last = rope_tables(*grid_positions(jnp.tile(frame - last, (1, copies)), rows, columns), head_dim)
         anchor = rope_tables(*grid_positions(reference_distance[:, None], rows, columns), head_dim)
-        reference_k = rotate(reference.k, anchor)
+        reference_k = None if reference is None else rotate(reference.k, anchor)
 
         def attend_self(layer, q, k, v):
             q, k, v = (x.reshape(b, copies * f * n, *x.shape[3:]) for x in (q, k, v))
@@ -146,7 +146,7 @@ class DiT(nnx.Module):
                 chunk_ids=chunk_ids,
                 window=window,
                 copies=copies,
-                fixed=(rotate(q, to_last), reference_k[layer], reference.v[layer]),
+                fixed=None if reference is None else (rotate(q, to_last), reference_k[layer], reference.v[layer]),
                 impl=self.impl,
             )
             return out.reshape(b, copies * f, n, *out.shape[2:])
