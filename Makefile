@@ -1,5 +1,6 @@
 # make demo   a talking face from the shipped speech and avatar: talk.mp4
 # make test   the test suite
+# make parity the models against other implementations: the PyTorch twin, diffusers' Wan (installs both)
 # make lint   ruff
 # All of them work in .venv, which is made on the first call. PYTHON chooses the interpreter (3.11 or newer).
 
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SPEECH ?= $(firstword $(sort $(wildcard pikastream_jax/assets/speech/*.flac)))
 
-.PHONY: demo test lint clean
+.PHONY: demo test parity lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python serve.py --audio $(SPEECH) --output talk.mp4
@@ -16,6 +17,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q
+
+parity: $(VENV)/.installed-parity
+	$(BIN)/python -m pytest -q -m parity tests/parity
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -30,6 +34,10 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml
 
 $(VENV)/.installed-dev: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev,train]"
+	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-parity: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev,parity]"
 	touch $@ $(VENV)/.installed
 
 $(BIN)/python:

@@ -189,6 +189,50 @@ def test_fp8_needs_widths_of_16():
         build(dataclasses.replace(config, dit=dataclasses.replace(config.dit, mlp_dim=72)), "cpu", torch.bfloat16, fp8=True)
 
 
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_one_program_for_all_blocks(monkeypatch, blocks):
+    """What `Stream.compile` hands to the compiler: no graph breaks, and as many programs for three blocks as for one."""
+    config = small_config()
+    config = dataclasses.replace(
+        config,
+        dit=dataclasses.replace(config.dit, blocks=blocks),
+        flash_vae=dataclasses.replace(config.flash_vae, decoder_blocks=blocks),
+    )
+
+    def filled_stream():
+        stream = build(config, "cpu", torch.float32)
+        stream.fill()
+        return stream
+
+    expected = filled_stream().step()
+    compile_graph, programs = torch.compile, []
+
+    def count(graph, example_inputs):
+        programs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, mode: compile_graph(function, backend=count, fullgraph=True))
+    torch._dynamo.reset()
+    stream = filled_stream()
+    stream.compile()
+    frames = stream.step().clone()
+    assert len(programs) == 12  # tables and turning for both caches, a block of either model, and six parts outside the blocks
+    for _ in range(stream.config.stream.window):
+        stream.step()
+    assert len(programs) == 12, "nothing is compiled again as the ring goes round"
+    torch.testing.assert_close(frames, expected, atol=1, rtol=0)
+
+
+def test_a_filling_cache_is_not_captured():
+    stream = build(small_config(), "cpu", torch.float32)
+    with pytest.raises(RuntimeError, match="no prompt: call install_prompt"):
+        stream.step()
+    stream.install_prompt(torch.tensor([[1, 5, 9, 0, 0, 0]]), 3)
+    stream.step()
+    with pytest.raises(RuntimeError, match="full caches can be captured: call fill, or step"):
+        stream.capture()
+
+
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_parameter_counts(name):
     config = preset(name)
