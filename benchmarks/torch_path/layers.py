@@ -4,18 +4,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.torch_path.cache import LayerCache
 from benchmarks.torch_path.rope import Tables, rotate
-
-# Hopper's cuDNN attention is faster than the FlashAttention 2 inside PyTorch; the math path is what a CPU may need.
-_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-def preferred_attention():
-    """The context in which every step runs, is compiled and is captured: cuDNN first, then FlashAttention."""
-    return sdpa_kernel(_BACKENDS, set_priority=True)
 
 
 def attention(

@@ -11,17 +11,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.torch_path import weights as weights_io
 from benchmarks.torch_path.cache import RollingCache
+from benchmarks.torch_path.decoder import Decoder
 from benchmarks.torch_path.dit import FP8_LAYERS, KeysValues
 from benchmarks.torch_path.encoders import Denoiser
 from benchmarks.torch_path.flash_vae import FlashVAE
 from benchmarks.torch_path.fp8 import to_fp8
-from benchmarks.torch_path.layers import preferred_attention
+from benchmarks.torch_path.graph import capture, preferred_attention
 from benchmarks.torch_path.rope import Rope
 from pikastream_jax.config import Config
+
+COMPILE_MODE = "max-autotune-no-cudagraphs"  # of `torch.compile`; the graphs of `capture` take the place of the compiler's own
 
 
 def build(
@@ -43,51 +46,60 @@ def build(
       weights: a safetensors file of this configuration.
       batch: streams that run in step.
     """
-    generator = torch.Generator(device).manual_seed(seed)
-    with torch.device("meta"):
-        denoiser, vae = Denoiser(config), FlashVAE(config.flash_vae)
-    denoiser, vae = (module.to(dtype).to_empty(device=device).requires_grad_(False) for module in (denoiser, vae))
-    channels = config.flash_vae.latent_channels
-    statistics = {"mean": torch.zeros(channels), "std": torch.ones(channels)}
-    if weights is None:
-        for module in (denoiser, vae):
-            weights_io.randomise(module, generator)
-    else:
-        parts = weights_io.read_file(weights)
-        weights_io.load(denoiser, parts["denoiser"])
-        weights_io.load(vae, parts["flash_vae"])
-        statistics = parts["statistics"]
+    decoder = build_decoder(config, device, dtype, seed, weights=weights, batch=batch)
+    denoiser = _with_weights(lambda: Denoiser(config), device, dtype, decoder.generator, weights, "denoiser")
     if fp8:
         for block in denoiser.dit.blocks:
             to_fp8(block, FP8_LAYERS)
-    return Stream(config, denoiser, vae, statistics["mean"], statistics["std"], batch=batch, generator=generator)
+    return Stream(config, denoiser, decoder, batch=batch)
+
+
+def build_decoder(
+    config: Config, device: torch.device | str, dtype: torch.dtype, seed: int = 0, *, weights: Path | None = None, batch: int = 1
+) -> Decoder:
+    """FlashVAE's decoder alone, at the start of a stream; see `build`."""
+    generator = torch.Generator(device).manual_seed(seed)
+    vae = _with_weights(lambda: FlashVAE(config.flash_vae), device, dtype, generator, weights, "flash_vae")
+    channels = config.flash_vae.latent_channels
+    statistics = {"mean": torch.zeros(channels), "std": torch.ones(channels)}
+    if weights is not None:
+        statistics = weights_io.read_part(weights, "statistics")
+    return Decoder(config, vae, **statistics, batch=batch, generator=generator)
+
+
+def _with_weights(
+    create: Callable[[], nn.Module],
+    device: torch.device | str,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    weights: Path | None,
+    part: str,
+) -> nn.Module:
+    """A module made on the device itself, with its part of a file or with random weights."""
+    with torch.device("meta"):
+        module = create()
+    module = module.to(dtype).to_empty(device=device).requires_grad_(False)
+    if weights is None:
+        weights_io.randomise(module, generator)
+    else:
+        weights_io.load(module, weights_io.read_part(weights, part))
+    return module
 
 
 class Stream:
-    """`batch` streams that run in step.
+    """`batch` streams that run in step, with the same number of prompt tokens.
 
-    Results are bound to fixed buffers, so a step's frames last until the next step.
+    Results are in buffers that stay: a step's frames last until the next step.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        denoiser: Denoiser,
-        vae: FlashVAE,
-        mean: Float[Tensor, "z"],
-        std: Float[Tensor, "z"],
-        *,
-        batch: int,
-        generator: torch.Generator,
-    ):
-        """Args: mean, std: of every latent channel; the DiT's latents are normalised by them."""
-        self.config, self.denoiser, self.vae, self.batch, self.generator = config, denoiser, vae, batch, generator
+    def __init__(self, config: Config, denoiser: Denoiser, decoder: Decoder, *, batch: int):
+        self.config, self.denoiser, self.decoder, self.batch = config, denoiser, decoder, batch
+        self.generator = decoder.generator
         dit, stream = config.dit, config.stream
         parameter = denoiser.dit.patch_in.weight
         self.device, self.dtype = parameter.device, parameter.dtype
         options = dict(device=self.device, dtype=self.dtype)
         rows, columns = config.latent_grid
-        self.mean, self.std = mean.float().to(self.device), std.float().to(self.device)
         self.rope = Rope(dit.head_dim, *config.token_grid, self.device)
         self.cache = RollingCache(
             self.rope,
@@ -101,8 +113,6 @@ class Stream:
             reference_distance=stream.reference_distance,
             **options,
         )
-        self.vae_cache = vae.decoder.init_cache(batch, rows, columns, **options)
-        self.vae_tables = vae.upsampler.tables(rows, columns, self.device)
         self.timesteps = _solver_timesteps(stream.steps, stream.shift)
         forwards = [*self.timesteps[:-1], 0.0] if stream.clean_pass else self.timesteps[:-1]
         self.forward_times = torch.tensor(forwards, dtype=torch.float32, device=self.device)[:, None, None]
@@ -113,14 +123,10 @@ class Stream:
         self.noise = torch.zeros(batch, stream.chunk, rows, columns, dit.latent_channels, device=self.device)
         self.motion = torch.zeros(batch, stream.chunk, dit.motion, **options)
         self.latents = torch.zeros_like(self.noise)
-        self.latent = torch.zeros_like(self.noise[:, 0])
         self.text: KeysValues | None = None
-        per_latent = config.flash_vae.temporal_stride
-        self.decoded = torch.zeros(batch, per_latent, stream.height, stream.width, 3, dtype=torch.uint8, device=self.device)
-        self.frames = torch.zeros(batch, config.chunk_frames, *self.decoded.shape[2:], dtype=torch.uint8, device=self.device)
-
-        self._to_pixels = to_pixels
-        self._graphs: tuple[Callable[[], None], Callable[[], None]] | None = None
+        shape = (batch, config.chunk_frames, stream.height, stream.width, 3)
+        self.frames = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        self._replay: Callable[[], None] | None = None
 
     # Between two chunks
 
@@ -150,14 +156,14 @@ class Stream:
             for kept, new in zip(self.text, text, strict=True):
                 kept.copy_(new)
         else:
-            self.text, self._graphs = text, None
+            self.text, self._replay = text, None
 
     @torch.no_grad()
     def fill(self) -> None:
         """Random caches and prompt, as full as they get, and random inputs: the state in which a speed run measures."""
         config = self.config
         self.cache.fill(self.generator)
-        self.vae_cache.fill(self.generator)
+        self.decoder.fill()
         shape = (config.dit.blocks, self.batch, config.text.length, config.dit.heads, config.dit.head_dim)
         keys, values = (torch.randn(shape, generator=self.generator, device=self.device).to(self.dtype) for _ in range(2))
         self._keep_text((keys, values))
@@ -185,13 +191,13 @@ class Stream:
         self.denoise(audio, noise, motion)
         per_latent = self.config.flash_vae.temporal_stride
         for index in range(self.config.stream.chunk):
-            self.decode(self.latents[:, index])
-            self.frames[:, index * per_latent : (index + 1) * per_latent].copy_(self.decoded)
+            decoded = self.decoder.decode(self.latents[:, index])
+            self.frames[:, index * per_latent : (index + 1) * per_latent].copy_(decoded)
         return self.frames
 
     @torch.no_grad()
     def denoise(self, audio: Tensor | None = None, noise: Tensor | None = None, motion: Tensor | None = None) -> Float[Tensor, "b f r c z"]:
-        """The next chunk's normalised latents; see `step`."""
+        """The next chunk's normalised latents; see `step`. A service decodes and shows them one latent frame at a time."""
         if self.text is None:
             raise RuntimeError("the stream has no prompt: call install_prompt, or fill for a speed run")
         if audio is not None:
@@ -202,25 +208,13 @@ class Stream:
             else:
                 buffer.copy_(given)
         self.cache.place()
-        self._run(0, self._denoise)
+        if self._replay is not None and self.cache.full:
+            self._replay()
+        else:
+            with preferred_attention():
+                self._denoise()
         self.cache.advance()
         return self.latents
-
-    @torch.no_grad()
-    def decode(self, latent: Float[Tensor, "b r c z"]) -> UInt8[Tensor, "b t h w 3"]:
-        """The next latent frame's video frames; a service may show them before the chunk's other frames are decoded."""
-        self.latent.copy_(latent)
-        self.vae_cache.place()
-        self._run(1, self._decode)
-        self.vae_cache.advance()
-        return self.decoded
-
-    def _run(self, index: int, eager: Callable[[], None]) -> None:
-        if self._graphs is not None and self.cache.full and self.vae_cache.full:
-            self._graphs[index]()
-            return
-        with preferred_attention():
-            eager()
 
     def _denoise(self) -> None:
         """From noise to latents in few Euler steps; the last one's keys and values stay in the cache."""
@@ -237,68 +231,40 @@ class Stream:
         if stream.clean_pass:
             dit(self.latents, (embeddings[-1], modulations[-1]), self.text, audio, self.cache)
 
-    def _decode(self) -> None:
-        latent = self.latent * self.std + self.mean
-        frames = self.vae.decode_step(self.vae_cache, latent, self.vae_tables)
-        self.decoded.copy_(self._to_pixels(frames))
-
     # Speed
 
-    def compile(self, mode: str = "max-autotune-no-cudagraphs") -> None:
+    def compile(self, mode: str = COMPILE_MODE) -> None:
         """Compiles what a step runs, at its next run: a block once for all its layers, since one graph of all of them takes minutes.
 
         Call it in the state to be timed (`fill`): a filling cache would be compiled anew at every size.
 
         Args:
-          mode: of `torch.compile`. The graphs of `capture` take the place of the compiler's own.
+          mode: of `torch.compile`.
         """
-        dit, vae = self.denoiser.dit, self.vae
-        for module in (*dit.blocks, *vae.decoder.blocks, vae.upsampler):
-            module.compile(mode=mode)
+        dit = self.denoiser.dit
         for block in dit.blocks:
+            block.compile(mode=mode)
             attention = block.audio_attention
             attention.keys_values = torch.compile(attention.keys_values, mode=mode)
         for name in ("embed", "time", "unembed"):
             setattr(dit, name, torch.compile(getattr(dit, name), mode=mode))
-        for cache in (self.cache, self.vae_cache):
-            cache.compile(mode)
-        self._to_pixels = torch.compile(to_pixels, mode=mode)
+        self.cache.compile(mode)
+        self.decoder.compile(mode)
 
-    @torch.no_grad()
     def capture(self) -> None:
         """Captures a chunk's denoising and a latent frame's decoding as CUDA graphs, which all later steps replay.
 
         Raises:
           RuntimeError: the stream has no prompt, or its caches are still filling, which changes the program.
         """
-        if self.text is None or not (self.cache.full and self.vae_cache.full):
+        if self.text is None or not self.cache.full:
             raise RuntimeError("only a stream with a prompt and full caches can be captured: call fill, or step until the window is full")
-        replays, pool = [], None
-        side = torch.cuda.Stream()
-        with preferred_attention():
-            for cache, run in ((self.cache, self._denoise), (self.vae_cache, self._decode)):
-                cache.place()
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    for _ in range(3):  # compiles, tunes, and gives libraries their workspaces, none of which a graph may hold
-                        run()
-                torch.cuda.current_stream().wait_stream(side)
-                torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
-                    run()
-                # Nothing inside a graph outlives its replay, so both may use the same memory.
-                pool = graph.pool()
-                replays.append(graph.replay)
-        self._graphs = (replays[0], replays[1])
+        self.cache.place()
+        self._replay = capture(self._denoise)
+        self.decoder.capture()
 
 
 def _solver_timesteps(steps: int, shift: float) -> np.ndarray:
     """The timesteps at which the network is evaluated, from 1 down, and the final 0: [steps + 1], float32."""
     t = 1.0 - np.arange(steps + 1) / steps
     return (shift * t / (1.0 + (shift - 1.0) * t)).astype(np.float32)
-
-
-def to_pixels(frames: Float[Tensor, "*b 3"]) -> UInt8[Tensor, "*b 3"]:
-    """[-1, 1] to 0-255, rounded."""
-    return ((frames.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)

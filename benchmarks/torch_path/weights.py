@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 # Regex of a name in the file -> the twin's name; the second group says which part of a fused parameter it is, in the order q, k, v.
@@ -49,13 +49,11 @@ def load(module: nn.Module, flat: Mapping[str, Tensor]) -> None:
     module.load_state_dict(convert(flat))
 
 
-def read_file(path: Path) -> dict[str, dict[str, Tensor]]:
-    """A weights file as {part: {name inside the part: tensor}}; parts are denoiser, flash_vae and statistics."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in load_file(path).items():
-        part, _, rest = name.partition(".")
-        parts.setdefault(part, {})[rest] = tensor
-    return parts
+def read_part(path: Path, part: str) -> dict[str, Tensor]:
+    """One part of a weights file: denoiser, flash_vae or statistics, without that prefix in the names."""
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(f"{part}.")]
+        return {name.removeprefix(f"{part}."): file.get_tensor(name) for name in names}
 
 
 def randomise(module: nn.Module, generator: torch.Generator) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.torch_path import build
+from benchmarks.torch_path import build, build_decoder
 from benchmarks.torch_path.encoders import Denoiser
 from benchmarks.torch_path.flash_vae import FlashVAE
 from benchmarks.torch_path.fp8 import Linear8, quantise
@@ -100,7 +100,7 @@ def test_stream(stream, tmp_path):
         # What is left of a pixel's error after rounding is half a level.
         assert np.abs(frames.numpy() - np.asarray(pixels)).max() < 0.51
         assert np.asarray(pixels).std() > 10
-    assert twin.cache.full and twin.vae_cache.full
+    assert twin.cache.full and twin.decoder.cache.full
 
 
 def test_shipped_weights():
@@ -231,6 +231,8 @@ def test_a_filling_cache_is_not_captured():
     stream.step()
     with pytest.raises(RuntimeError, match="full caches can be captured: call fill, or step"):
         stream.capture()
+    with pytest.raises(RuntimeError, match="full window can be captured: call fill, or decode"):
+        build_decoder(small_config(), "cpu", torch.float32).capture()
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
