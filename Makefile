@@ -1,6 +1,8 @@
 # make demo   a talking face from the shipped speech and avatar: talk.mp4
 # make test   the test suite
 # make parity the models against other implementations: the PyTorch twin, diffusers' Wan (installs both)
+# make parity the same models in PyTorch, and Wan's in diffusers, compared with ours
+# make h200   the full-size programs compiled for an H200, without one (600 MB of compiler)
 # make lint   ruff
 # All of them work in .venv, which is made on the first call. PYTHON chooses the interpreter (3.11 or newer).
 
@@ -9,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SPEECH ?= $(firstword $(sort $(wildcard pikastream_jax/assets/speech/*.flac)))
 
-.PHONY: demo test parity lint clean
+.PHONY: demo test parity h200 lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python serve.py --audio $(SPEECH) --output talk.mp4
@@ -20,6 +22,10 @@ test: $(VENV)/.installed-dev
 
 parity: $(VENV)/.installed-parity
 	$(BIN)/python -m pytest -q -m parity tests/parity
+
+h200: $(VENV)/.installed-dev .cache/cuda/.installed
+	$(BIN)/python -m pytest -q -m h200 tests/benchmarks
+	$(BIN)/python -m benchmarks.h200
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -39,6 +45,13 @@ $(VENV)/.installed-dev: $(BIN)/python pyproject.toml
 $(VENV)/.installed-parity: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev,parity]"
 	touch $@ $(VENV)/.installed
+
+# In a folder of their own: installed, they would make JAX look for a GPU whenever it starts.
+.cache/cuda/.installed: $(VENV)/.installed-dev
+	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
+		$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(@D) \
+		jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version nvidia-cuda-nvcc-cu12 nvidia-cuda-runtime-cu12
+	touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -11,7 +11,7 @@ from flax import nnx
 
 from pikastream_jax.config import Config
 from pikastream_jax.dit import Denoiser
-from pikastream_jax.dit.block import FusedSelfAttention
+from pikastream_jax.dit.block import DiTBlock, FusedSelfAttention
 from pikastream_jax.nn.float8 import Float8Linear
 from pikastream_jax.nn.layers import functional
 from pikastream_jax.streaming.step import ModelParams, Models
@@ -41,17 +41,23 @@ def serving_params(trained: Models, params: ModelParams) -> ModelParams:
 def _served_denoiser(config: Config, denoiser: Denoiser) -> Denoiser:
     _cast(config, denoiser)
     for block in denoiser.dit.blocks:
-        block.self_attention = FusedSelfAttention(block.self_attention)
-        if config.stream.precision == "float8":
-            # All products of a denoising step but the first and the last; keys and values of text and sound are made rarely.
-            block.self_attention.qkv = Float8Linear(block.self_attention.qkv)
-            block.self_attention.o = Float8Linear(block.self_attention.o)
-            for attention in (block.text_attention, block.audio_attention):
-                attention.q = Float8Linear(attention.q)
-                attention.o = Float8Linear(attention.o)
-            block.mlp.up = Float8Linear(block.mlp.up)
-            block.mlp.down = Float8Linear(block.mlp.down)
+        served_block(config.stream.precision, block)
     return denoiser
+
+
+def served_block(precision: str, block: DiTBlock) -> DiTBlock:
+    """The block in serving form, changed in place; its dtype stays."""
+    block.self_attention = FusedSelfAttention(block.self_attention)
+    if precision == "float8":
+        # All products of a denoising step but the first and the last; keys and values of text and sound are made rarely.
+        block.self_attention.qkv = Float8Linear(block.self_attention.qkv)
+        block.self_attention.o = Float8Linear(block.self_attention.o)
+        for attention in (block.text_attention, block.audio_attention):
+            attention.q = Float8Linear(attention.q)
+            attention.o = Float8Linear(attention.o)
+        block.mlp.up = Float8Linear(block.mlp.up)
+        block.mlp.down = Float8Linear(block.mlp.down)
+    return block
 
 
 def _cast(config: Config, module: nnx.Module) -> nnx.Module:

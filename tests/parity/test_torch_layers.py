@@ -41,9 +41,9 @@ def test_rms_norm():
 def test_layer_norms():
     x, shift, scale = 2.0 + normal(0, 2, 3, 5, 24), normal(1, 2, 3, 1, 24), normal(2, 2, 3, 1, 24)
     close(
-        "layer_norm, modulated",
+        "modulated_layer_norm",
         dit.modulate(*map(to_torch, (x, shift, scale)), 1e-6),
-        jax_layers.layer_norm(x) * (1 + scale) + shift,
+        jax_layers.modulated_layer_norm(x, shift, scale),
     )
     ours, twin = pair(lambda rngs: nnx.LayerNorm(24, epsilon=1e-6, rngs=rngs), layers.LayerNorm(24, 1e-6))
     close("LayerNorm with parameters", twin(to_torch(x)), ours(x))
