@@ -1,9 +1,17 @@
-"""Attention over a whole sequence with the chunk-causal, windowed visibility that inference has: the training path."""
+"""Attention over a whole sequence with the chunk-causal, windowed visibility that inference has: the training path.
+
+`impl="xla"` is the definition; it makes a frames x frames mask and tokens x tokens logits. `impl="mosaic"` are the kernels of
+`chunked_attention_mosaic.py`, which make neither; compiled, never executed on a GPU, so "auto" is "xla" everywhere until a run on one has
+shown them right and faster. There is no "cudnn": cuDNN can tell this visibility only by a tokens x tokens bias, and with one it takes two to
+three times the time of a kernel with bounds (benchmark figures of tokamax for an H100).
+"""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels._common import attention, check_implementation
+from pallas_kernels._common import attention
+
+IMPLEMENTATIONS = ("auto", "xla", "mosaic")
 
 
 def frame_visibility(chunk_ids: Int[Array, "b f"], *, window: int, copies: int = 1) -> Bool[Array, "b cf cf"]:
@@ -47,16 +55,25 @@ def chunked_attention(
       chunk_ids, window, copies: see `frame_visibility`.
       fixed: (queries, keys, values) for rows that every query sees at a fixed distance, the reference: the same queries, rotated
         relative to their own chunk, since one absolute rotation cannot hold a fixed distance to every chunk.
-      impl: "auto" or "xla".
+      impl: "auto", "xla" or "mosaic" (NVIDIA Hopper; bfloat16, d 64 or 128).
 
     Raises:
-      ValueError: an unknown `impl`, or n is not a multiple of copies x f.
+      ValueError: an unknown `impl`, n is not a multiple of copies x f, or the kernels do not take these arrays.
     """
-    check_implementation("chunked_attention", impl)
+    if impl == "cudnn":
+        raise ValueError("chunked_attention: cuDNN has no form of this visibility without a mask of all tokens; choose 'mosaic' or 'xla'")
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"chunked_attention: impl {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     frames = chunk_ids.shape[1] * copies
     n = q.shape[1]
     if n % frames:
         raise ValueError(f"chunked_attention: {n} tokens are not a multiple of {frames} latent frames")
+    if impl == "mosaic":
+        # Here, so that whoever does without the kernels does not import a GPU's compiler.
+        from pallas_kernels.chunked_attention_mosaic import check_supported, mosaic_chunked_attention
+
+        check_supported(q, k, v, *(fixed or ()))
+        return mosaic_chunked_attention(q, k, v, fixed or (), chunk_ids, window=window, copies=copies)
     tokens = n // frames
     visible = frame_visibility(chunk_ids, window=window, copies=copies)
     visible = jnp.repeat(jnp.repeat(visible, tokens, axis=1), tokens, axis=2)
