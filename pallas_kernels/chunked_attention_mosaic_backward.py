@@ -26,6 +26,8 @@ from pallas_kernels.chunked_attention_mosaic_tiles import (
     TILE,
     WARPGROUPS,
     Walk,
+    after_last_use,
+    after_use,
     hide,
     operand,
     products,
@@ -102,12 +104,13 @@ def query_gradient(
                 slot = lax.rem(index, jnp.int32(stages))
                 _, start, _ = walk.at(index)
                 keys = (row, pl.ds(start, KEYS), key_head)
-                pl.when(index >= stages)(lambda: plgpu.barrier_wait(used.at[slot]))
+                after_use(used, slot, index, stages)
                 plgpu.copy_gmem_to_smem(k_ref.at[keys], k_smem.at[slot], loaded.at[slot])
                 plgpu.copy_gmem_to_smem(v_ref.at[keys], v_smem.at[slot], loaded.at[slot])
                 return ()
 
             lax.fori_loop(0, walk.total, step, ())
+            after_last_use((used,), walk.total, stages)
 
     return plgpu.kernel(
         kernel,
@@ -175,6 +178,7 @@ def key_value_gradients(
                     weights = jnp.exp2(logits * (d**-0.5 * LOG2E) - lax.broadcast_in_dim(lse_smem[slot], shape, [1]))
                     weights = lax.cond(cut, lambda x: hide(x, rows_smem.at[wg], part, start, hidden=0.0), lambda x: x, weights)
                     d_logits = weights * (d_weights - lax.broadcast_in_dim(delta_smem[slot], shape, [1]))
+                    plgpu.commit_smem()  # both were read, not by the tensor cores: before TMA may write there again
                     plgpu.wgmma(dv, weights.astype(jnp.bfloat16), d_out_smem.at[slot])
                     plgpu.wgmma(dk, d_logits.astype(jnp.bfloat16), q_smem.at[slot])
                     plgpu.wgmma_wait(0)
@@ -202,7 +206,7 @@ def key_value_gradients(
                 head = key_head * group + (lax.div(index, walk.total) if group > 1 else 0)
                 _, start, _ = walk.at(lax.rem(index, walk.total) if group > 1 else index)
                 queries = pl.ds(start, QUERIES)
-                pl.when(index >= stages)(lambda: plgpu.barrier_wait(used.at[slot]))
+                after_use(used, slot, index, stages)
                 plgpu.copy_gmem_to_smem(q_ref.at[row, queries, head], q_smem.at[slot], loaded.at[slot])
                 plgpu.copy_gmem_to_smem(lse_ref.at[row, head, queries], lse_smem.at[slot], loaded.at[slot])
                 plgpu.copy_gmem_to_smem(d_out_ref.at[row, queries, head], d_out_smem.at[slot], loaded.at[slot])
@@ -210,6 +214,7 @@ def key_value_gradients(
                 return ()
 
             lax.fori_loop(0, walk.total * group, step, ())
+            after_last_use((used,), walk.total * group, stages)
 
     return plgpu.kernel(
         kernel,

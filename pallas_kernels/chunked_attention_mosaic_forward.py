@@ -17,6 +17,8 @@ from pallas_kernels.chunked_attention_mosaic_tiles import (
     TILE,
     WARPGROUPS,
     Walk,
+    after_last_use,
+    after_use,
     hide,
     operand,
     products,
@@ -96,6 +98,7 @@ def forward(
             start = (jnp.zeros((ROWS, d), jnp.float32), jnp.full((ROWS,), -1e30, jnp.float32), jnp.zeros((ROWS,), jnp.float32))
             out, largest, total = lax.fori_loop(0, walk.total, step, start)
             pl.when(wg == 0)(change_turns)
+            total = jnp.maximum(total, 1e-30)  # 0 only in the padding, which must not become NaN: it enters products with weights of 0
             q_smem[0, wg] = (out / lax.broadcast_in_dim(total, out.shape, [0])).astype(jnp.bfloat16)
             lse_smem[wg] = largest + jnp.log2(total)
             plgpu.commit_smem()
@@ -115,7 +118,7 @@ def forward(
                     (k_used, k_loaded, k_smem, k_refs),
                     (v_used, v_loaded, v_smem, v_refs),
                 ):
-                    pl.when(index >= stages)(lambda used=used: plgpu.barrier_wait(used.at[slot]))
+                    after_use(used, slot, index, stages)
 
                     def copy(ref, smem=smem, loaded=loaded):
                         where = ref.at[row, pl.ds(start, KEYS), key_head]
@@ -129,6 +132,7 @@ def forward(
                 return ()
 
             lax.fori_loop(0, walk.total, step, ())
+            after_last_use((k_used, v_used), walk.total, stages)
 
     return plgpu.kernel(
         kernel,

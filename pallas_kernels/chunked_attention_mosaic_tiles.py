@@ -68,3 +68,19 @@ def products(*pairs: tuple, shape: tuple[int, int]) -> list[Float[Array, "r c"]]
         return [accumulator[...] for accumulator in accumulators]
 
     return pl.run_scoped(multiply, *[plgpu.ACC(shape, jnp.float32) for _ in pairs])
+
+
+def after_use(used, slot, index, stages: int) -> None:
+    """Waits until `slot`, one of `stages` that take turns, is free for step `index`."""
+    pl.when(index >= stages)(lambda: plgpu.barrier_wait(used.at[slot]))
+
+
+def after_last_use(used: tuple, total, stages: int) -> None:
+    """Waits, behind `total` steps, until every slot was used for the last time: no arrival is left unseen."""
+
+    def step(index, _):
+        for barriers in used:
+            after_use(barriers, lax.rem(index, jnp.int32(stages)), index, stages)
+        return ()
+
+    lax.fori_loop(total, total + stages, step, ())
