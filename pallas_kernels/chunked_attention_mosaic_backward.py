@@ -37,6 +37,11 @@ from pallas_kernels.chunked_attention_ranges import Ranges
 QUERIES = 64  # queries in one step of `key_value_gradients`
 
 
+def moving(wg, start):
+    """`wg`, in a form the compiler cannot take out of the walk: it would keep the addresses of 16 operands in registers, and spill others."""
+    return wg + jnp.minimum(start, 0)  # no token has a number below 0
+
+
 def query_gradient(
     q: Float[Array, "b n h d"],
     k: Float[Array, "b m g d"],
@@ -75,9 +80,10 @@ def query_gradient(
                 def step(index, _):
                     slot = lax.rem(index, jnp.int32(stages))
                     part, start, cut = walk.at(index)
+                    here = moving(wg, start)
                     shape = (ROWS, KEYS)
                     plgpu.barrier_wait(loaded.at[slot])
-                    logits, d_weights = products((q_smem.at[wg], k_smem.at[slot].T), (d_out_smem.at[wg], v_smem.at[slot].T), shape=shape)
+                    logits, d_weights = products((q_smem.at[here], k_smem.at[slot].T), (d_out_smem.at[here], v_smem.at[slot].T), shape=shape)
                     weights = jnp.exp2(logits * (d**-0.5 * LOG2E) - lax.broadcast_in_dim(tile_lse, shape, [0]))
                     weights = lax.cond(cut, lambda x: hide(x, rows_smem.at[wg], part, start, hidden=0.0), lambda x: x, weights)
                     d_logits = weights * (d_weights - lax.broadcast_in_dim(tile_delta, shape, [0]))
@@ -170,8 +176,7 @@ def key_value_gradients(
                 def step(index, _):
                     slot = lax.rem(index, jnp.int32(stages))
                     part, start, cut = walk.at(lax.rem(index, walk.total) if group > 1 else index)
-                    # Always `wg`, which the compiler cannot know: it would keep 16 operand addresses in registers, and spill.
-                    here = wg + jnp.minimum(start, 0)
+                    here = moving(wg, start)
                     shape = (ROWS, QUERIES)  # everything transposed: keys are the rows
                     plgpu.barrier_wait(loaded.at[slot])
                     logits, d_weights = products((k_smem.at[here], q_smem.at[slot].T), (v_smem.at[here], d_out_smem.at[slot].T), shape=shape)

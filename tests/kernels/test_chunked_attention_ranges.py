@@ -16,7 +16,7 @@ from pallas_kernels.chunked_attention_ranges import (
     visible_frames,
 )
 
-FRAMES = (1, 2, 5, 9)  # few shapes: each compiles once
+FRAMES = (1, 5, 8)  # few shapes: each compiles once
 visibility = jax.jit(frame_visibility, static_argnames=("window", "copies"))
 visible = jax.jit(visible_frames, static_argnames=("window", "copies"))
 seeing = jax.jit(seeing_frames, static_argnames=("window", "copies"))
@@ -27,7 +27,7 @@ def sequences(draw):
     """Chunk ids [2, f], non-decreasing and with gaps, a window and a number of copies."""
     frames = draw(st.sampled_from(FRAMES))
     steps = draw(st.lists(st.lists(st.sampled_from([0, 0, 1, 3]), min_size=frames, max_size=frames), min_size=2, max_size=2))
-    return np.cumsum(steps, axis=1), draw(st.sampled_from([0, 1, 2, 4, 20])), draw(st.sampled_from([1, 2]))
+    return np.cumsum(steps, axis=1), draw(st.sampled_from([0, 1, 3, 20])), draw(st.sampled_from([1, 2]))
 
 
 def counts(ranges, columns):
@@ -48,8 +48,8 @@ def test_every_pair_of_frames_is_in_exactly_the_ranges_the_definition_says(seque
     np.testing.assert_array_equal(counts(columns, expected.shape[1]), np.swapaxes(expected, 1, 2))
 
 
-@settings(max_examples=60, deadline=None)
-@given(sequences(), st.sampled_from([1, 3, 4]))
+@settings(max_examples=40, deadline=None)
+@given(sequences(), st.sampled_from([1, 3]))
 def test_tiles_hold_the_union_and_the_common_part_of_their_tokens(sequence, tokens):
     chunk_ids, window, copies = sequence
     tile, m = 8, 5
