@@ -5,8 +5,8 @@ Softmax weights are computed again from the saved log-sum-exp; delta = rowsum(d_
 queries see, `key_value_gradients` over the queries that see its keys, and over the query heads of the group. The chunked and the fixed part
 have their own queries, keys and values but one log-sum-exp and one delta, so each kernel is called for either part.
 
-Walks, tiles and masks are those of the forward kernel. Hidden weights are set to 0 after the exponential: where nothing is visible, in the
-padding, the log-sum-exp is not finite.
+Walks, tiles and masks are those of the forward kernel. Hidden weights are set to 0 after the exponential, which is infinite where nothing
+is visible: there, in the padding, the log-sum-exp is about -1e30.
 """
 
 import jax
@@ -183,7 +183,7 @@ def key_value_gradients(
                     weights = jnp.exp2(logits * (d**-0.5 * LOG2E) - lax.broadcast_in_dim(lse_smem[slot], shape, [1]))
                     weights = lax.cond(cut, lambda x: hide(x, rows_smem.at[wg], part, start, hidden=0.0), lambda x: x, weights)
                     d_logits = weights * (d_weights - lax.broadcast_in_dim(delta_smem[slot], shape, [1]))
-                    plgpu.commit_smem()  # both were read, not by the tensor cores: before TMA may write there again
+                    plgpu.commit_smem()  # lse and delta were read by threads: ordered before TMA writes there again
                     plgpu.wgmma(dv, weights.astype(jnp.bfloat16), d_out_smem.at[slot])
                     plgpu.wgmma(dk, d_logits.astype(jnp.bfloat16), q_smem.at[slot])
                     plgpu.wgmma_wait(0)

@@ -3,11 +3,11 @@
 Frames are numbered through the copies, 0 .. copies x f - 1. What a frame sees, and what sees a frame, is never more than two runs of
 neighbouring frames:
 
-| frame | sees | is seen by |
+| frame of | sees | is seen by |
 |---|---|---|
-| only copy, or context copy | window before its chunk, then its chunk: one run | its chunk and the later chunks its window reaches: one run |
-| the same, two copies | the same | that run, and the later chunks' queries |
-| query copy | the window before its chunk in the context copy; its chunk in the query copy | its chunk |
+| the only copy | the window before its chunk and its chunk: one run | its chunk and the later chunks whose windows reach it: one run |
+| the context copy | the same | that run, and those later chunks' queries |
+| the query copy | the window before its chunk in the context copy; its chunk in the query copy | its chunk |
 
 So a key is visible to a token when its number lies in one of two ranges, [first, last) each, and a tile of tokens needs no key outside
 the union of its tokens' ranges.
