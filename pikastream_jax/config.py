@@ -8,6 +8,7 @@ import math
 
 SCHEDULES = ("sequential", "rolling")
 PRECISIONS = ("float32", "bfloat16", "float8")
+ATTENTIONS = ("auto", "xla", "mosaic")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -166,7 +167,7 @@ class StreamConfig:
     clean_pass: bool = False  # one more forward pass to cache keys of the clean chunk, instead of the last step's
     schedule: str = "sequential"  # a chunk's steps one after another; or "rolling": `steps` chunks in flight, one pass for each that leaves
     precision: str = "float32"  # of weights, activations and caches: "float32", "bfloat16", "float8" (bfloat16 with e4m3 products in the DiT)
-    attention: str = "auto"  # implementation of the attention kernels, see `pallas_kernels`
+    attention: str = "auto"  # implementation of the attention kernels, see `pallas_kernels`: "auto", "xla" or "mosaic"
     unroll_steps: bool = False  # steps as one straight program, which a GPU can replay as a graph; compiling takes longer
 
     def __post_init__(self):
@@ -182,7 +183,7 @@ class StreamConfig:
         )
         _require(1 <= self.steps <= 64, f"stream: steps {self.steps} must lie in 1-64")
         _require(self.shift > 0 and math.isfinite(self.shift), f"stream: shift {self.shift} must be positive and finite")
-        for name, known in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+        for name, known in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("attention", ATTENTIONS)):
             _require(getattr(self, name) in known, f"stream: {name} {getattr(self, name)!r} is not one of {', '.join(known)}")
         _require(
             not (self.rolling and self.clean_pass),

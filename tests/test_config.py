@@ -42,6 +42,10 @@ WRONG = [
     (StreamConfig, {"steps": 65}, "stream: steps 65 must lie in 1-64"),
     (StreamConfig, {"shift": 0.0}, "stream: shift 0.0 must be positive and finite"),
     (StreamConfig, {"shift": float("nan")}, "stream: shift nan must be positive and finite"),
+    (StreamConfig, {"attention": "flash"}, "stream: attention 'flash' is not one of auto, xla, mosaic"),
+    (StreamConfig, {"schedule": "sideways"}, "stream: schedule 'sideways' is not one of sequential, rolling"),
+    (StreamConfig, {"precision": "int4"}, "stream: precision 'int4' is not one of float32, bfloat16, float8"),
+    (StreamConfig, {"schedule": "rolling", "clean_pass": True}, "stream: clean_pass True needs schedule 'sequential'"),
     (StreamConfig, {"reference_distance": 3}, "stream: reference_distance 3 must lie in 4-30"),
     (StreamConfig, {"reference_distance": 31}, "stream: reference_distance 31 must lie in 4-30"),
 ]
