@@ -1,19 +1,49 @@
-"""What the front doors share: the choice of implementation and the softmax product."""
+"""What the front doors share: the choice of implementation, gradients by the reference, and the softmax product that defines all."""
 
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-IMPLEMENTATIONS = ("auto", "xla")
-_HIDDEN = -1e30  # added to a logit: its weight is 0, and where nothing is visible all weights are equal
+_HIDDEN = -1e30  # added to a logit: its weight is 0
 
 
-def check_implementation(kernel: str, impl: str) -> None:
+def check_implementation(kernel: str, impl: str, implementations: Sequence[str] = ("auto", "xla")) -> None:
     """Raises ValueError unless `kernel` has the implementation `impl`."""
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"{kernel}: impl {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if impl not in implementations:
+        raise ValueError(f"{kernel}: impl {impl!r} is not one of {', '.join(implementations)}")
+
+
+@functools.cache
+def cuda_present() -> bool:
+    """Whether a CUDA device is usable: only then may cuDNN's calls be traced at all."""
+    try:
+        return bool(jax.devices("cuda"))
+    except RuntimeError:
+        return False
+
+
+def on_cuda(cuda: Callable, default: Callable, *arrays: Array) -> Array:
+    """`cuda(*arrays)` in a program for CUDA, `default(*arrays)` in any other, and where there is no CUDA device nothing else is traced."""
+    if not cuda_present():
+        return default(*arrays)
+    return jax.lax.platform_dependent(*arrays, cuda=cuda, default=default)
+
+
+def with_gradients_of(reference: Callable, kernel: Callable) -> Callable:
+    """`kernel`, differentiated as `reference`: both take the same arrays. Kept from the forward pass are the arguments alone."""
+
+    @jax.custom_vjp
+    def run(*arrays):
+        return kernel(*arrays)
+
+    def backward(arrays, d_out):
+        return jax.vjp(reference, *arrays)[1](d_out)
+
+    run.defvjp(lambda *arrays: (kernel(*arrays), arrays), backward)
+    return run
 
 
 def attention(
@@ -22,15 +52,17 @@ def attention(
     """One softmax over the keys of all parts, in float32; the `h` query heads in groups, one of the `g` key heads each.
 
     A group's query heads are folded into rows of one matrix product, nothing is concatenated, the mask is added and the sum divides the
-    product instead of the weights.
+    product instead of the weights. Parts without keys are skipped, so an absent reference may be zero tokens.
 
     Args:
       parts: (q, k, v, visible) each; t, h and d are the same in all. `visible` is what a query may see, broadcastable to [*b, t, s];
-        None means everything.
+        None means everything. At least one part has keys.
     """
     *batch, t, h, d = parts[0][0].shape
     logits, values = [], []
     for q, k, v, visible in parts:
+        if k.shape[-3] == 0:
+            continue
         g = k.shape[-2]
         rows = jnp.moveaxis((q * d**-0.5).reshape(*batch, t, g, h // g, d), -4, -2).reshape(*batch, g, h // g * t, d)
         part = jnp.matmul(rows, jnp.moveaxis(k, -3, -1), preferred_element_type=jnp.float32)

@@ -1,9 +1,15 @@
 """Cross-attention in which a group of queries (a latent frame, a chunk) sees only its own keys."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._common import attention, check_implementation
+from pallas_kernels import _cudnn, _mosaic
+from pallas_kernels._common import attention, check_implementation, on_cuda, with_gradients_of
+from pallas_kernels.frame_attention_mosaic import MOST_KEYS, MOST_KEYS_BACKWARD, attend_few, attend_few_gradients
+from pallas_kernels.ring_attention_mosaic import streaming_attention
+
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "mosaic")
 
 
 def frame_attention(
@@ -19,14 +25,66 @@ def frame_attention(
     Args:
       q: queries, `t` to a group.
       k, v: keys and values, `a` to a group.
-      valid: how many of the `a` keys count; None means all. A group with none valid averages its values.
-      impl: "auto" or "xla".
+      valid: how many of the `a` keys count; None means all. A group with none valid averages all its values, whatever q and k are.
+      impl: "xla": plain JAX, which defines the others. "cudnn": cuDNN's fused attention, bfloat16 or float16. "mosaic": our kernels, bfloat16
+        and head dim 64 or 128; compiled, never executed on a GPU: up to 128 keys lie in shared memory at once (gradients too, up to
+        64), more stream through it (gradients as XLA's). "auto": on CUDA cuDNN where it takes the arrays, else XLA; never Mosaic,
+        until a committed GPU run has shown it right and faster.
 
     Raises:
-      ValueError: an unknown `impl`.
+      ValueError: an unknown `impl`, no keys, or arrays that an `impl` asked for by name cannot take.
     """
-    check_implementation("frame_attention", impl)
-    visible = None
+    check_implementation("frame_attention", impl, IMPLEMENTATIONS)
+    a = k.shape[2]
+    if a == 0:
+        raise ValueError("frame_attention: 0 keys to a group; a group needs at least 1")
     if valid is not None:
-        visible = (jnp.arange(k.shape[2]) < valid[..., None])[:, :, None, :]
+        q = jnp.where((valid == 0)[..., None, None, None], 0, q)
+        valid = jnp.where(valid == 0, a, valid)
+    arrays = (q, k, v) if valid is None else (q, k, v, valid)
+    if impl == "cudnn":
+        _cudnn.check_supported("frame_attention", q, k, v)
+        return _by_frame(_cudnn.attend_groups, *arrays)
+    if impl == "mosaic":
+        _mosaic.check_limits("frame_attention", q, k, v)
+        return _by_frame(_by_kernel, *arrays)
+    if impl == "xla" or _cudnn.unsupported(q, k, v):
+        return _xla(*arrays)
+    return on_cuda(lambda *arrays: _by_frame(_cudnn.attend_groups, *arrays), _xla, *arrays)
+
+
+def _xla(q, k, v, valid=None):
+    visible = None if valid is None else (jnp.arange(k.shape[-3]) < valid[..., None])[..., None, :]
     return attention((q, k, v, visible))
+
+
+def _by_frame(attend, *arrays):
+    """`attend` with batch and frames as one axis."""
+    return attend(*(x.reshape(-1, *x.shape[2:]) for x in arrays)).reshape(arrays[0].shape)
+
+
+def _by_kernel(q, k, v, valid=None):
+    keys = k.shape[1]
+    valid = jnp.full(k.shape[:1], keys, jnp.int32) if valid is None else jnp.clip(valid, 1, keys).astype(jnp.int32)
+    if keys > MOST_KEYS:
+        return with_gradients_of(_xla, _stream)(q, k, v, valid)
+    if keys > MOST_KEYS_BACKWARD:
+        return with_gradients_of(_xla, attend_few)(q, k, v, valid)
+    return _attend_few(q, k, v, valid)
+
+
+def _stream(q, k, v, valid):
+    zero = jnp.zeros_like(valid)
+    return streaming_attention(q, k, v, None, jnp.stack([zero, zero, zero, valid], axis=1), fixed_slots=0)
+
+
+@jax.custom_vjp
+def _attend_few(q, k, v, valid):
+    return attend_few(q, k, v, valid)
+
+
+def _attend_few_backward(arrays, d_out):
+    return *attend_few_gradients(*arrays, d_out), None
+
+
+_attend_few.defvjp(lambda *arrays: (attend_few(*arrays), arrays), _attend_few_backward)

@@ -3,7 +3,11 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._common import attention, check_implementation
+from pallas_kernels import _cudnn, _mosaic
+from pallas_kernels._common import attention, check_implementation, on_cuda, with_gradients_of
+from pallas_kernels.ring_attention_mosaic import streaming_attention
+
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "mosaic")
 
 
 def ring_attention(
@@ -32,15 +36,58 @@ def ring_attention(
       layer: which layer to read.
       fixed_slots: how many slots at the front are fixed rows.
       fixed_valid, ring_valid: valid slots of either part, per batch row; each row may be another session.
-      impl: "auto" or "xla".
+      impl: "xla": plain JAX, which defines the others and their gradients. "cudnn": two calls of cuDNN's fused attention, bfloat16 or float16.
+        "mosaic": our kernel, which reads the cache in place, bfloat16 and head dim 64 or 128; compiled, never executed on a GPU. "auto":
+        on CUDA cuDNN where it takes the arrays, else XLA; never Mosaic, until a committed GPU run has shown it right and faster.
 
     Raises:
-      ValueError: an unknown `impl`, or more fixed slots than slots.
+      ValueError: an unknown `impl`, more fixed slots than slots, a layer that is not there, or arrays that an `impl` asked for by name cannot take.
     """
-    check_implementation("ring_attention", impl)
-    slots = cache_k.shape[2]
+    check_implementation("ring_attention", impl, IMPLEMENTATIONS)
+    layers, _, slots = cache_k.shape[:3]
+    if not 0 <= layer < layers:
+        raise ValueError(f"ring_attention: layer {layer} is outside the cache's {layers} layers")
     if fixed_slots > slots:
         raise ValueError(f"ring_attention: fixed_slots {fixed_slots} exceeds the cache's {slots} slots")
-    slot = jnp.arange(slots)
+    static = dict(layer=layer, fixed_slots=fixed_slots)
+    arrays = (q, k, v, cache_k, cache_v, fixed_valid, ring_valid)
+
+    def xla(*arrays):
+        return _xla(*arrays, **static)
+
+    cudnn = with_gradients_of(xla, lambda *arrays: _two_calls(*arrays, **static))
+    if impl == "cudnn":
+        _cudnn.check_supported("ring_attention", *arrays[:5])
+        return cudnn(*arrays)
+    if impl == "mosaic":
+        _mosaic.check_limits("ring_attention", *arrays[:5])
+        return with_gradients_of(xla, lambda *arrays: _one_kernel(*arrays, **static))(*arrays)
+    if impl == "xla" or _cudnn.unsupported(*arrays[:5]):
+        return xla(*arrays)
+    return on_cuda(cudnn, xla, *arrays)
+
+
+def _xla(q, k, v, cache_k, cache_v, fixed_valid, ring_valid, *, layer, fixed_slots):
+    slot = jnp.arange(cache_k.shape[2])
     valid = jnp.where(slot < fixed_slots, slot < fixed_valid[:, None], slot - fixed_slots < ring_valid[:, None])
     return attention((q, cache_k[layer], cache_v[layer], valid[:, None]), (q, k, v, None))
+
+
+def _two_calls(q, k, v, cache_k, cache_v, fixed_valid, ring_valid, *, layer, fixed_slots):
+    """The chunk's own keys with the fixed rows behind them (so that their valid keys are one run, never empty), and the ring."""
+    fixed = slice(None, fixed_slots)
+    own = jnp.concatenate([k, cache_k[layer, :, fixed]], axis=1), jnp.concatenate([v, cache_v[layer, :, fixed]], axis=1)
+    own = *own, k.shape[1] + jnp.clip(fixed_valid, 0, fixed_slots)
+    ring_slots = cache_k.shape[2] - fixed_slots
+    if not ring_slots:
+        return _cudnn.attend(q, *own)[0]
+    ring = slice(fixed_slots, None)
+    return _cudnn.attend_two(q, own, (cache_k[layer, :, ring], cache_v[layer, :, ring], jnp.clip(ring_valid, 0, ring_slots)))
+
+
+def _one_kernel(q, k, v, cache_k, cache_v, fixed_valid, ring_valid, *, layer, fixed_slots):
+    fixed = jnp.clip(fixed_valid, 0, fixed_slots)
+    ring = jnp.clip(ring_valid, 0, cache_k.shape[2] - fixed_slots)
+    lengths = jnp.stack([jnp.full_like(fixed, layer), fixed, ring, jnp.full_like(fixed, k.shape[1])], axis=1)
+    cache = (cache_k, cache_v) if cache_k.shape[2] else None
+    return streaming_attention(q, k, v, cache, lengths.astype(jnp.int32), fixed_slots=fixed_slots)

@@ -1,5 +1,7 @@
 """The attention front doors against float64 loops written from their definitions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import chunked_attention, frame_attention, ring_attention
+from pallas_kernels import _common, _cudnn, chunked_attention, frame_attention, ring_attention
 
 
 def attend(q, keys, values):
@@ -98,7 +100,134 @@ def test_frame_attention():
         np.testing.assert_allclose(everything[index], attend(q[index], k[row, frame, :, head], v[row, frame, :, head]), atol=1e-5)
 
 
-def test_unknown_implementation_is_named():
-    x = jnp.zeros((1, 1, 1, 1, 2))
-    with pytest.raises(ValueError, match="impl 'fast' is not one of auto, xla"):
-        frame_attention(x, x, x, impl="fast")
+def test_a_frame_with_nothing_valid_averages_its_values():
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(1, 2, 4, 2, 6)).astype(np.float32)
+    k, v = rng.normal(size=(2, 1, 2, 5, 2, 6)).astype(np.float32)
+    valid = jnp.array([[0, 5]])
+    out = jax.jit(frame_attention)(q, k, v, valid=valid)
+    np.testing.assert_allclose(out[:, 0], np.broadcast_to(v[:, 0].mean(axis=1, keepdims=True), out[:, 0].shape), atol=1e-6)
+    of_q, of_k, of_v = jax.jit(jax.grad(lambda *x: frame_attention(*x, valid=valid).sum(), argnums=(0, 1, 2)))(q, k, v)
+    assert not of_q[:, 0].any() and not of_k[:, 0].any() and of_q[:, 1].any()
+    np.testing.assert_allclose(of_v[:, 0], 4 / 5, atol=1e-6)
+
+
+def test_parts_without_keys_are_skipped():
+    rng = np.random.default_rng(0)
+    q, k, v = rng.normal(size=(3, 1, 6, 2, 4)).astype(np.float32)
+    nothing = jnp.zeros((1, 0, 2, 4))
+    attention = jax.jit(functools.partial(chunked_attention, chunk_ids=jnp.array([[0, 0, 1]]), window=1))
+    np.testing.assert_array_equal(attention(q, k, v, fixed=(q, nothing, nothing)), attention(q, k, v))
+
+
+RING = dict(layer=0, fixed_slots=1, fixed_valid=jnp.array([1]), ring_valid=jnp.array([1]))
+
+
+def ring_arrays(heads=2, d=64, dtype=jnp.bfloat16, cache_dtype=None):
+    own = jnp.zeros((1, 3, heads, d), dtype)
+    cache = jnp.zeros((2, 1, 4, 2, d), cache_dtype or dtype)
+    return own, own[:, :, :2], own[:, :, :2], cache, cache
+
+
+@pytest.mark.parametrize(
+    "arrays, arguments, message",
+    [
+        (ring_arrays(), dict(impl="fast"), "impl 'fast' is not one of auto, xla, cudnn, mosaic"),
+        (ring_arrays(), dict(layer=2), "layer 2 is outside the cache's 2 layers"),
+        (ring_arrays(), dict(fixed_slots=5), "fixed_slots 5 exceeds the cache's 4 slots"),
+        (ring_arrays(dtype=jnp.float32), dict(impl="mosaic"), "'mosaic' takes bfloat16 arrays, not float32; cast them"),
+        (ring_arrays(cache_dtype=jnp.float32), dict(impl="mosaic"), "'mosaic' takes bfloat16 arrays, not float32; cast them"),
+        (ring_arrays(d=96), dict(impl="mosaic"), "'mosaic' takes head dim 64 or 128, not 96; choose impl 'xla'"),
+        (ring_arrays(heads=3), dict(impl="mosaic"), "3 query heads are not a multiple of 2 key heads"),
+        (ring_arrays(dtype=jnp.float32), dict(impl="cudnn"), "'cudnn' takes bfloat16 or float16 arrays, all of one dtype, not float32"),
+        (ring_arrays(cache_dtype=jnp.float16), dict(impl="cudnn"), "all of one dtype, not float16; cast them"),
+        (ring_arrays(d=12), dict(impl="cudnn"), "a multiple of 8, at most 128, not 12; choose impl 'xla'"),
+    ],
+)
+def test_what_a_ring_cannot_take_is_named(arrays, arguments, message):
+    with pytest.raises(ValueError, match=f"ring_attention: .*{message}"):
+        ring_attention(*arrays, **(RING | arguments))
+
+
+@pytest.mark.parametrize(
+    "shape, keys, dtype, impl, message",
+    [
+        ((1, 1, 1, 1, 2), 1, jnp.float32, "fast", "impl 'fast' is not one of auto, xla, cudnn, mosaic"),
+        ((1, 1, 1, 1, 64), 0, jnp.bfloat16, "mosaic", "0 keys to a group; a group needs at least 1"),
+        ((1, 1, 1, 1, 64), 1, jnp.float32, "mosaic", "'mosaic' takes bfloat16 arrays, not float32; cast them or choose impl 'xla'"),
+        ((1, 1, 1, 1, 32), 1, jnp.bfloat16, "mosaic", "'mosaic' takes head dim 64 or 128, not 32; choose impl 'xla'"),
+        ((1, 1, 1, 1, 256), 1, jnp.bfloat16, "cudnn", "a multiple of 8, at most 128, not 256; choose impl 'xla'"),
+    ],
+)
+def test_what_a_frame_cannot_take_is_named(shape, keys, dtype, impl, message):
+    q = jnp.zeros(shape, dtype)
+    k = jnp.zeros((*shape[:2], keys, *shape[3:]), dtype)
+    with pytest.raises(ValueError, match=f"frame_attention: .*{message}"):
+        frame_attention(q, k, k, impl=impl)
+
+
+def test_without_cuda_auto_is_the_xla_program():
+    arrays = ring_arrays()
+    if jax.default_backend() == "gpu":
+        pytest.skip("this machine has a GPU")
+    programs = {impl: str(jax.make_jaxpr(lambda *x, impl=impl: ring_attention(*x, **RING, impl=impl))(*arrays)) for impl in ("auto", "xla")}
+    assert programs["auto"] == programs["xla"]
+    q = arrays[0][None]
+    programs = {impl: str(jax.make_jaxpr(lambda q, impl=impl: frame_attention(q, q, q, impl=impl))(q)) for impl in ("auto", "xla")}
+    assert programs["auto"] == programs["xla"]
+
+
+def attend_part(q, k, v, valid):
+    """What `_cudnn.attend` promises, in plain JAX; NaN where it may not be called: with no valid key."""
+    ratio = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x.astype(jnp.float32), ratio, axis=2) for x in (k, v))
+    logits = jnp.einsum("bthd,bshd->bths", q.astype(jnp.float32), k) * q.shape[-1] ** -0.5
+    logits = jnp.where(jnp.arange(k.shape[1]) < valid[:, None, None, None], logits, -jnp.inf)
+    out = jnp.einsum("bths,bshd->bthd", jax.nn.softmax(logits), v).astype(q.dtype)
+    return out, jax.nn.logsumexp(logits, axis=-1)
+
+
+@pytest.mark.parametrize("fixed_slots, slots", [(3, 8), (0, 5), (3, 3), (0, 0)])
+def test_two_calls_are_one_softmax(monkeypatch, fixed_slots, slots):
+    """The merge around cuDNN, which itself needs a GPU; its gradients are those of the reference."""
+    monkeypatch.setattr(_cudnn, "attend", attend_part)
+    rng = np.random.default_rng(0)
+    b, t, h, g, d = 4, 5, 4, 2, 8
+    q = jnp.asarray(rng.normal(size=(b, t, h, d)), jnp.float16)
+    k, v = jnp.asarray(rng.normal(size=(2, b, t, g, d)), jnp.float16)
+    cache_k, cache_v = jnp.asarray(rng.normal(size=(2, 2, b, slots, g, d)), jnp.float16)
+    fixed_valid = jnp.array([0, 1, fixed_slots, 9])
+    ring_valid = jnp.array([0, slots - fixed_slots, 1, 0])
+
+    @functools.partial(jax.jit, static_argnames="impl")
+    def run(*arrays, impl):
+        lengths = dict(fixed_slots=fixed_slots, fixed_valid=fixed_valid, ring_valid=ring_valid)
+        out, gradients = jax.vjp(lambda *x: ring_attention(*x, layer=1, **lengths, impl=impl), *arrays)
+        return out, gradients(q)
+
+    ours, reference = (run(q, k, v, cache_k, cache_v, impl=impl) for impl in ("cudnn", "xla"))
+    np.testing.assert_allclose(ours[0].astype(jnp.float32), reference[0].astype(jnp.float32), atol=4e-3)
+    for one, other in zip(ours[1], reference[1], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_on_cuda_auto_is_cudnn_where_it_takes_the_arrays(monkeypatch):
+    """Programs for CUDA, as they are chosen where a device is present; the call itself is marked by a cosine."""
+    monkeypatch.setattr(_common, "cuda_present", lambda: True)
+    monkeypatch.setattr(_cudnn, "attend", lambda q, *_: (jnp.cos(q), q[..., 0].astype(jnp.float32)))
+    monkeypatch.setattr(_cudnn, "attend_groups", lambda q, *_: jnp.cos(q))
+
+    def program(fn, arrays, platform):
+        return jax.jit(fn).trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
+
+    def ring(*arrays):
+        return ring_attention(*arrays, **RING)
+
+    def frame(q):
+        return frame_attention(q[None], q[None], q[None])
+
+    for dtype in (jnp.bfloat16, jnp.float32):
+        arrays = ring_arrays(dtype=dtype)
+        for fn, given_arrays in ((ring, arrays), (frame, arrays[:1])):
+            assert ("cosine" in program(fn, given_arrays, "cuda")) == (dtype == jnp.bfloat16)
+            assert "cosine" not in program(fn, given_arrays, "cpu")
