@@ -187,10 +187,18 @@ def attend_part(q, k, v, valid):
     return out, jax.nn.logsumexp(logits, axis=-1)
 
 
+@pytest.fixture(params=["stand-in", pytest.param("cuDNN", marks=pytest.mark.gpu)])
+def part(request, monkeypatch):
+    """The call that the merge is built on: in plain JAX, or the real one."""
+    if request.param == "stand-in":
+        monkeypatch.setattr(_cudnn, "attend", attend_part)
+    elif not _common.cuda_present():
+        pytest.skip("no CUDA device")
+
+
 @pytest.mark.parametrize("fixed_slots, slots", [(3, 8), (0, 5), (3, 3), (0, 0)])
-def test_two_calls_are_one_softmax(monkeypatch, fixed_slots, slots):
-    """The merge around cuDNN, which itself needs a GPU; its gradients are those of the reference."""
-    monkeypatch.setattr(_cudnn, "attend", attend_part)
+def test_two_calls_are_one_softmax(part, fixed_slots, slots):
+    """The merge around cuDNN; its gradients are those of the reference."""
     rng = np.random.default_rng(0)
     b, t, h, g, d = 4, 5, 4, 2, 8
     q = jnp.asarray(rng.normal(size=(b, t, h, d)), jnp.float16)
@@ -231,3 +239,22 @@ def test_on_cuda_auto_is_cudnn_where_it_takes_the_arrays(monkeypatch):
         for fn, given_arrays in ((ring, arrays), (frame, arrays[:1])):
             assert ("cosine" in program(fn, given_arrays, "cuda")) == (dtype == jnp.bfloat16)
             assert "cosine" not in program(fn, given_arrays, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("counted", [False, True])
+def test_cudnn_by_frame(counted):
+    if not _common.cuda_present():
+        pytest.skip("no CUDA device")
+    rng = np.random.default_rng(0)
+    q, d_out = jnp.asarray(rng.normal(size=(2, 1, 3, 70, 4, 64)), jnp.float16)
+    k, v = jnp.asarray(rng.normal(size=(2, 1, 3, 24, 2, 64)), jnp.float16)
+    valid = jnp.array([[0, 7, 24]]) if counted else None
+
+    def run(impl):
+        out, gradients = jax.vjp(lambda *x: frame_attention(*x, valid=valid, impl=impl), q, k, v)
+        return out, *gradients(d_out)
+
+    for ours, reference in zip(run("cudnn"), run("xla"), strict=True):
+        ours, reference = ours.astype(jnp.float32), reference.astype(jnp.float32)
+        np.testing.assert_allclose(ours, reference, atol=0.01 * float(jnp.abs(reference).max()))
