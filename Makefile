@@ -24,8 +24,8 @@ parity: $(VENV)/.installed-parity
 	$(BIN)/python -m pytest -q -m parity tests/parity
 
 h200: $(VENV)/.installed-dev .cache/cuda/.installed
-	$(BIN)/python -m pytest -q -m h200 tests/benchmarks
-	$(BIN)/python -m benchmarks.h200
+	JAX_PLATFORMS=cpu PYTHONPATH=.cache/cuda $(BIN)/python -m pytest -q -m h200 tests/benchmarks
+	JAX_PLATFORMS=cpu PYTHONPATH=.cache/cuda $(BIN)/python -m benchmarks.h200
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -4,21 +4,22 @@ XLA's CUDA compiler needs a description of the card, not the card: so the memory
 registers of our kernels can be known, and checked, anywhere. Speed cannot (nothing is tuned), nor numbers, nor cuDNN's kernels.
 The method is that of JAX's own tests (jax-ml/jax, tests/aot_test.py).
 
-It takes the compiler's wheels, about 600 MB, in a folder of their own, so that JAX does not look for a GPU whenever it starts (`make h200`
-does this):
+It takes the compiler's wheels, about 600 MB. `make h200` installs them in a folder of their own and puts that on PYTHONPATH, so that JAX does
+not look for a GPU at other times:
 
     pip install --no-deps --target .cache/cuda jax-cuda12-plugin==V jax-cuda12-pjrt==V nvidia-cuda-nvcc-cu12 nvidia-cuda-runtime-cu12
+    JAX_PLATFORMS=cpu PYTHONPATH=.cache/cuda python -m benchmarks.h200
 
-with V the version of the installed jax. PIKASTREAM_CUDA_WHEELS names another folder.
+with V the version of the installed jax. They must be there when JAX is imported.
 """
 
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import logging
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +29,6 @@ import jax
 from jax.experimental import topologies
 from jaxtyping import PyTree
 
-WHEELS = Path(os.environ.get("PIKASTREAM_CUDA_WHEELS", Path(__file__).parent.parent / ".cache" / "cuda"))
 _CARD = Path(__file__).with_name("h200.txtpb")
 # On the card XLA times its own Triton products against cuBLASLt's. Here nothing is timed and Triton's would always be taken.
 _OPTIONS = {"xla_gpu_enable_triton_gemm": False}
@@ -36,18 +36,24 @@ _OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 def available() -> bool:
     """Whether the compiler's wheels are there."""
-    return (WHEELS / "jax_plugins").is_dir()
+    return all(_found(name) for name in ("jax_plugins.xla_cuda12", "jax_cuda12_plugin", "nvidia.cuda_nvcc"))
+
+
+def _found(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of the package above
+        return False
 
 
 @functools.cache
 def _sharding() -> jax.sharding.NamedSharding:
     """A mesh of one H200 that nobody has."""
     if not available():
-        raise FileNotFoundError(f"no CUDA compiler in {WHEELS}: run `make h200`, or set PIKASTREAM_CUDA_WHEELS")
-    compiler = WHEELS / "nvidia" / "cuda_nvcc"
+        raise FileNotFoundError("no CUDA compiler on the path: run `make h200`, or see benchmarks/deviceless.py")
+    compiler = Path(next(iter(importlib.util.find_spec("nvidia.cuda_nvcc").submodule_search_locations)))
     os.environ.setdefault("CUDA_ROOT", str(compiler))
     os.environ["PATH"] = f"{compiler / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    sys.path.append(str(WHEELS))
     jax.config.update("jax_platforms", "cpu")
     from jax._src import xla_bridge  # no public name: upstream's own test does the same
 
@@ -66,9 +72,8 @@ class Kernel:
     """What ptxas says of one of our kernels."""
 
     name: str
-    registers: int  # of a thread
+    registers: int  # of a thread, at launch
     spilled: int  # bytes stored to and loaded from local memory
-    shared: int  # bytes of static shared memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +85,6 @@ class Program:
     aliased: int  # bytes of outputs that take the place of donated arguments
     temporaries: int
     text: str  # the scheduled HLO
-    kernels: tuple[Kernel, ...]
 
     @property
     def peak(self) -> int:
@@ -116,10 +120,7 @@ def compile_program(fn: Callable, *args: PyTree[Any], **jit_options: Any) -> Pro
     Raises:
       FileNotFoundError: the compiler's wheels are absent.
     """
-    args = placed(args)
-    with _ptxas_reports() as reports:
-        compiled = jax.jit(fn, **jit_options).lower(*args).compile(_OPTIONS)
-        kernels = tuple(reports())
+    compiled = _compile(fn, args, jit_options)
     memory = compiled.memory_analysis()
     return Program(
         memory.argument_size_in_bytes,
@@ -127,30 +128,43 @@ def compile_program(fn: Callable, *args: PyTree[Any], **jit_options: Any) -> Pro
         memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
         compiled.as_text(),
-        kernels,
     )
 
 
+def compile_kernels(fn: Callable, *args: PyTree[Any]) -> tuple[Kernel, ...]:
+    """What ptxas says of the Mosaic kernels in `fn(*args)`; a small program, since each use of a kernel is compiled anew for it.
+
+    Raises:
+      FileNotFoundError: the compiler's wheels are absent.
+    """
+    with _ptxas_reports() as folder:
+        _compile(fn, args, {})
+        kernels = []
+        for path in sorted(folder.rglob("*ptxas*")):
+            report = path.read_text()
+            spilled = sum(int(size) for size in re.findall(r"(\d+) bytes spill", report))
+            kernels.append(Kernel(path.name.split(".")[0], int(re.search(r"Used (\d+) registers", report).group(1)), spilled))
+    return tuple(kernels)
+
+
+def _compile(fn, args, jit_options):
+    return jax.jit(fn, **jit_options).lower(*placed(args)).compile(_OPTIONS)
+
+
 @contextlib.contextmanager
-def _ptxas_reports() -> Iterator[Callable[[], Iterator[Kernel]]]:
-    """While it is open, Mosaic writes what ptxas says of each kernel; the function it gives reads that."""
-    settings = {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_PTX": "1"}
-    with tempfile.TemporaryDirectory() as folder:
-        before = {name: os.environ.get(name) for name in (*settings, "MOSAIC_GPU_DUMP_TO")}
-        os.environ.update(settings, MOSAIC_GPU_DUMP_TO=folder)
-
-        def read() -> Iterator[Kernel]:
-            for path in sorted(Path(folder).rglob("*ptxas*")):
-                report = path.read_text()
-                numbers = [
-                    re.search(pattern, report) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes smem")
-                ]
-                found = [int(match.group(1)) if match else 0 for match in numbers]
-                yield Kernel(path.name.split(".")[0], *found)
-
+def _ptxas_reports() -> Iterator[Path]:
+    """While it is open, Mosaic writes into the folder what ptxas says of each kernel."""
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
+        settings = {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_TO": folder}
+        before = {name: os.environ.get(name) for name in settings}
+        os.environ.update(settings)
+        stderr = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)  # it also tries to disassemble and to load the kernel, and complains that it cannot
         try:
-            yield read
+            yield Path(folder)
         finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
             for name, value in before.items():
                 if value is None:
                     os.environ.pop(name)

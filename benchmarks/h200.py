@@ -4,6 +4,7 @@ Memory, copies and the registers of our kernels are the compiler's own word (`be
 attention is Mosaic's. Compiled, never executed.
 """
 
+import dataclasses
 import functools
 import sys
 import time
@@ -11,8 +12,9 @@ import time
 import jax
 import jax.numpy as jnp
 
-from benchmarks.deviceless import Program, available, compile_program
+from benchmarks.deviceless import Program, available, compile_kernels, compile_program
 from configs import preset
+from pallas_kernels import chunked_attention, frame_attention, ring_attention
 from pikastream_jax.audio.slices import max_chunk_samples
 from pikastream_jax.config import Config
 from pikastream_jax.flash_vae.latents import LatentStatistics
@@ -21,7 +23,7 @@ from pikastream_jax.streaming.state import StepInputs, StreamState, init_state
 from pikastream_jax.streaming.step import ModelParams, Models, generate_step
 
 GIB, MIB = 2**30, 2**20
-PROGRAMS = {
+STEPS = {
     "9B, chunk 3, bfloat16": ("pikastream_9b", {}),
     "9B, chunk 3, float8": ("pikastream_9b", {"precision": "float8"}),
     "9B, chunk 1, bfloat16": ("pikastream_9b", {"chunk": 1}),
@@ -65,30 +67,79 @@ def compile_decoder(config: Config, height: int, width: int) -> Program:
     return compile_program(decode, params, cache, latent, donate_argnums=1)
 
 
+def _bfloat16(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+
+def _lengths(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _ring(t: int, heads: int, head_dim: int, kv_heads: int, layers: int, slots: int, fixed: int, batch: int = 1):
+    def kernel(q, k, v, cache_k, cache_v, fixed_valid, ring_valid):
+        lengths = {"fixed_slots": fixed, "fixed_valid": fixed_valid, "ring_valid": ring_valid}
+        return ring_attention(q, k, v, cache_k, cache_v, layer=layers // 2, impl="mosaic", **lengths)
+
+    own, cache = _bfloat16(batch, t, kv_heads, head_dim), _bfloat16(layers, batch, slots, kv_heads, head_dim)
+    return kernel, _bfloat16(batch, t, heads, head_dim), own, own, cache, cache, _lengths(batch), _lengths(batch)
+
+
+def _frames(f: int, t: int, a: int, heads: int, head_dim: int, gradient: bool = False):
+    def forward(q, k, v):
+        return frame_attention(q, k, v, impl="mosaic")
+
+    def backward(q, k, v):
+        return jax.vjp(forward, q, k, v)[1](q)
+
+    keys = _bfloat16(1, f, a, heads, head_dim)
+    return backward if gradient else forward, _bfloat16(1, f, t, heads, head_dim), keys, keys
+
+
+def _chunked(f: int, tokens: int, heads: int, gradient: bool = False):
+    def forward(q, k, v, chunk_ids):
+        return chunked_attention(q, k, v, chunk_ids=chunk_ids, window=12, copies=2, impl="mosaic")
+
+    def backward(q, k, v, chunk_ids):
+        return jax.vjp(lambda q, k, v: forward(q, k, v, chunk_ids), q, k, v)[1](q)
+
+    x = _bfloat16(1, 2 * f * tokens, heads, 128)
+    return backward if gradient else forward, x, x, x, _lengths(1, f)
+
+
+KERNELS = {
+    "ring, 9B, chunk 3": _ring(1170, 32, 128, 32, 30, 5070, 390),
+    "ring, 9B, chunk 1": _ring(390, 32, 128, 32, 30, 5070, 390),
+    "ring, 9B, chunk 3, 4 streams": _ring(1170, 32, 128, 32, 30, 5070, 390, batch=4),
+    "ring, 1.3B, window 18": _ring(4680, 12, 128, 12, 30, 29_640, 1560),
+    "ring, FlashVAE decoder": _ring(1560, 16, 64, 4, 12, 3120, 0),
+    "frame, sound, 9B": _frames(3, 390, 32, 32, 128),
+    "frame, sound, 9B, gradient": _frames(12, 390, 32, 32, 128, gradient=True),
+    "frame, prompt, 9B": _frames(1, 1170, 128, 32, 128),
+    "frame, refinement": _frames(1, 6240, 6240, 8, 64),
+    "chunked, 9B, 12 latent frames": _chunked(12, 390, 32),
+    "chunked, 9B, gradient": _chunked(12, 390, 32, gradient=True),
+}
+
+
 def main() -> int:
     if not available():
-        print("benchmarks.h200: no CUDA compiler: run `make h200`, or set PIKASTREAM_CUDA_WHEELS", file=sys.stderr)
+        print("benchmarks.h200: no CUDA compiler on the path: run `make h200`", file=sys.stderr)
         return 1
-    print(f"{'program':28} {'arguments':>10} {'temporary':>10} {'peak':>8} {'compiling':>10}  copies >= 16 MiB; kernels")
-    for name, (which, fields) in PROGRAMS.items():
-        began = time.perf_counter()
-        show(name, compile_step(preset(which, attention="mosaic", **fields)), time.perf_counter() - began)
+    print(f"{'kernels':32} {'registers at launch':>20} {'bytes spilled':>14}")
+    for name, (kernel, *args) in KERNELS.items():
+        for found in sorted(set(dataclasses.astuple(one)[1:] for one in compile_kernels(kernel, *args))):
+            print(f"{name:32} {found[0]:20} {found[1]:14}", flush=True)
+    print(f"\n{'program':32} {'arguments':>10} {'temporary':>10} {'peak':>10} {'compiled in':>12}  copies of 16 MiB or more")
+    programs = {name: functools.partial(compile_step, preset(which, attention="mosaic", **fields)) for name, (which, fields) in STEPS.items()}
     for height, width in ((480, 832), (720, 1280)):
+        decoder = functools.partial(compile_decoder, preset("pikastream_9b", attention="mosaic"), height, width)
+        programs[f"FlashVAE decoder, {height}x{width}"] = decoder
+    for name, compile_it in programs.items():
         began = time.perf_counter()
-        program = compile_decoder(preset("pikastream_9b", attention="mosaic"), height, width)
-        show(f"FlashVAE decoder, {height}x{width}", program, time.perf_counter() - began)
+        program = compile_it()
+        sizes = " ".join(f"{size / GIB:6.2f} GiB" for size in (program.arguments, program.temporaries, program.peak))
+        print(f"{name:32} {sizes} {time.perf_counter() - began:10.0f} s  {len(program.copies(16 * MIB))}", flush=True)
     return 0
-
-
-def show(name: str, program: Program, seconds: float) -> None:
-    """Prints a row of the table."""
-    kernels = {(kernel.name, kernel.registers, kernel.spilled) for kernel in program.kernels}
-    said = "; ".join(f"{kernel}: {registers} registers, {spilled} B spilled" for kernel, registers, spilled in sorted(kernels))
-    print(
-        f"{name:28} {program.arguments / GIB:8.2f} G {program.temporaries / GIB:8.2f} G {program.peak / GIB:6.2f} G "
-        f"{seconds:8.0f} s  {len(program.copies(16 * MIB))}; {said}",
-        flush=True,
-    )
 
 
 if __name__ == "__main__":
