@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import chunked_attention
-from tests.kernels.gpu_interpreter import interpreted, needs_interpreter
+from tests.kernels import interpreter
 
 TOLERANCE = 2e-2  # of the largest value: inputs, softmax weights and results are rounded to bfloat16 (1 in 256)
 
@@ -68,10 +68,10 @@ SIZES = [
 
 def check_output(seed, sizes, window):
     q, k, v, fixed, chunk_ids = random_inputs(seed, **sizes)
-    with interpreted() as races_found:
+    with interpreter.interpreted_kernels() as raced:
         out = chunked_attention(q, k, v, chunk_ids=chunk_ids, window=window, copies=sizes["copies"], fixed=fixed, impl="mosaic")
         out = np.asarray(out, np.float64)
-        assert not races_found()
+        assert not raced()
     wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (q, k, v, fixed))
     assert_close(out, definition(*wide, chunk_ids, window, sizes["copies"]))
 
@@ -85,9 +85,9 @@ def check_gradients(seed, sizes, window):
         out = chunked_attention(q, k, v, chunk_ids=chunk_ids, window=window, copies=sizes["copies"], fixed=fixed, impl=impl)
         return (out.astype(jnp.float32) * weights).sum()
 
-    with interpreted() as races_found:
+    with interpreter.interpreted_kernels() as raced:
         gradients = jax.block_until_ready(jax.grad(loss)((q, k, v, fixed), "mosaic"))
-        assert not races_found()
+        assert not raced()
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), (q, k, v, fixed))
     jax.tree.map(assert_close, gradients, jax.grad(loss)(wide, "xla"))
 
@@ -95,20 +95,20 @@ def check_gradients(seed, sizes, window):
 cases = given(st.integers(0, 1000), st.sampled_from(SIZES), st.sampled_from([0, 1, 2, 9]))
 
 
-@needs_interpreter
+@interpreter.needed
 @settings(max_examples=3, deadline=None)
 @cases
 def test_output_is_the_definitions(seed, sizes, window):
     check_output(seed, sizes, window)
 
 
-@needs_interpreter
+@interpreter.needed
 def test_gradients_are_the_references():
     check_gradients(0, SIZES[3], 1)
 
 
 @pytest.mark.slow  # every gradient takes 10 to 30 s in the interpreter
-@needs_interpreter
+@interpreter.needed
 @settings(max_examples=12, deadline=None)
 @cases
 def test_output_and_gradients_of_many_cases(seed, sizes, window):
