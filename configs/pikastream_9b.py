@@ -3,9 +3,9 @@
 from pikastream_jax.config import AudioConfig, Config, DiTConfig, FlashVAEConfig, StreamConfig, TextConfig
 
 
-def flash_vae_480p(**changes) -> FlashVAEConfig:
+def flash_vae_480p() -> FlashVAEConfig:
     """FlashVAE at full size: its decoder takes 1.17 TFLOP for a latent frame of 480x832 pixels, refinement over the whole latent frame."""
-    full = dict(
+    return FlashVAEConfig(
         latent_channels=48,
         encoder_dim=1024,
         encoder_blocks=8,
@@ -21,7 +21,6 @@ def flash_vae_480p(**changes) -> FlashVAEConfig:
         refine_window=0,
         head_hidden=1024,
     )
-    return FlashVAEConfig(**(full | changes))
 
 
 def pikastream_9b() -> Config:

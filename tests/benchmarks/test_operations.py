@@ -49,7 +49,7 @@ def dit_by_hand(c):
     return c.blocks * block + embeddings + c.motion * d + 2 * d + linear(d, token)
 
 
-PARAMETERS = {"tiny": 8_516_416, "base_1_3b": 1_626_992_704, "pikastream_9b": 9_141_917_888}
+PARAMETERS = {"tiny": 8_516_416, "base_1_3b": 1_626_943_536, "pikastream_9b": 9_141_917_888}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
