@@ -58,10 +58,10 @@ def _bf16(x: Array, w: Array) -> Array:
     return x @ w
 
 
-def _fp8(x: Array, w: Array) -> Array:
-    """Float8Linear's product with its scaling; `w` is [out, in]."""
+def _fp8(x: Array, w: Array, of_rows: Array, of_columns: Array) -> Array:
+    """Float8Linear's product with its scales; `w` is [out, in]."""
     product = jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    return (product * 1e-3 * jnp.full(w.shape[0], 1e-2)).astype(jnp.bfloat16)
+    return (product * of_rows * of_columns).astype(jnp.bfloat16)
 
 
 def _product(shape: Product, kind: str) -> Measurement:
@@ -78,12 +78,13 @@ def _product(shape: Product, kind: str) -> Measurement:
                 jax.random.normal(left, (shape.rows, shape.inner), jnp.bfloat16),
                 jax.random.normal(right, (shape.inner, shape.columns), jnp.bfloat16) * shape.inner**-0.5,
             )
-        return random_e4m3(left, (shape.rows, shape.inner)), random_e4m3(right, (shape.columns, shape.inner))
+        scales = jax.random.uniform(left, (shape.rows, 1)), jax.random.uniform(right, (shape.columns,))
+        return random_e4m3(left, (shape.rows, shape.inner)), random_e4m3(right, (shape.columns, shape.inner)), *scales
 
     draw = jax.jit(draw)
     sets = [draw(key) for key in jax.random.split(jax.random.key(0), count)]
     multiply = _bf16 if kind == "bf16" else _fp8
-    program = jax.jit(lambda sets: [multiply(x, w) for x, w in sets])
+    program = jax.jit(lambda sets: [multiply(*arrays) for arrays in sets])
     program = program.lower(sets).compile()
 
     def run():

@@ -9,6 +9,7 @@ hangs is recorded as such and the rest goes on. What no longer fits the time is 
 """
 
 import argparse
+import dataclasses
 import fnmatch
 import hashlib
 import json
@@ -76,6 +77,7 @@ class Results:
             before = json.loads(path.read_text())
             if all(before.get(key) == header[key] for key in ("device", "sources", "smoke")):
                 self.rows = before["rows"]
+                _merge(header["environment"], before["environment"])
 
     def add(self, row: Row) -> None:
         """Adds a row and saves; what was measured before gives way only to another measurement."""
@@ -88,7 +90,7 @@ class Results:
     def save(self) -> None:
         """Writes the whole file anew beside the old one, then puts it in its place."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        contents = {**self.header, **report.derived(self.rows), "rows": self.rows}
+        contents = {**self.header, **report.derived(self.rows, self.header["smoke"]), "rows": self.rows}
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps(_plain(contents), indent=1) + "\n")
         part.replace(self.path)
@@ -147,6 +149,8 @@ class Processes:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         if self._smoke or job.uses_torch:
             environment["JAX_PLATFORMS"] = "cpu"
+        if self._smoke:
+            environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # tiny programs take longer to compile than to run
         return environment
 
     def _follow(self, process: subprocess.Popen, path: Path, limits: dict[str, float], seconds: float) -> tuple[set[str], str, bool]:
@@ -212,13 +216,13 @@ def run(jobs: Iterable[Job], launch: Launch, results: Results, budget: float, cl
                 for bench in left:
                     results.add(failed(bench.name, no_device) if no_device else not_run(bench.name, OUT_OF_TIME))
                 break
-            done, reason, missing = launch(job, fitting, deadline - clock())
+            done, reason, missing = launch(job, fitting, min(deadline - clock(), job.most_seconds or math.inf))
             no_device = reason if missing else ""
-            if not done and not missing:  # it ended before its first row: it would do so again
+            left = [bench for bench in left if bench.name not in done]
+            if reason == OUT_OF_TIME or (not done and not missing):  # ended before its first row: it would do so again
                 for bench in left:
                     results.add(not_run(bench.name, reason) if reason == OUT_OF_TIME else failed(bench.name, reason))
                 break
-            left = [bench for bench in left if bench.name not in done]
 
 
 def _unmet(bench: Bench, rows: dict[str, Row]) -> str:
@@ -266,7 +270,7 @@ def select(jobs: Iterable[Job], patterns: list[str]) -> list[Job]:
             unused -= hits
             kept += [bench] if hits else []
         if kept:
-            found.append(Job(job.name, tuple(kept), job.prepare, job.uses_torch))
+            found.append(dataclasses.replace(job, benches=tuple(kept)))
     if unused:
         names = sorted({bench.name.split("/")[0] for job in jobs for bench in job.benches})
         raise ValueError(f"--only: no row is called {', '.join(sorted(unused))}; names begin with {', '.join(names)}")
@@ -345,7 +349,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"plot: {path.with_suffix('.png')}")
     except ImportError as error:
         print(f"no plot: {error}")
-    print(f"results: {path}\n\n{title}\n{report.table(results.rows)}")
+    print(f"results: {path}\n\n{title}\n{report.table(results.rows, options.smoke)}")
     return int(any(row["status"] == "failed" for row in results.rows.values()))
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from benchmarks import cases
 from benchmarks.cases import Case, Chunked, Frame, Ring
 from benchmarks.ceilings import sets_beyond_cache
-from benchmarks.correctness import IMPLEMENTATIONS, refusal
+from benchmarks.correctness import IMPLEMENTATIONS, refusal, row_name
 from benchmarks.rows import Bench, Job, Measurement, NotOfferedError, NotRunError
 from benchmarks.timing import measure
 from configs import preset
@@ -98,7 +98,8 @@ def jobs(smoke: bool) -> list[Job]:
     benches = [Bench("kernel/rotate_9b", functools.partial(_rotation, smoke))]
     for name, case in (_SMALL if smoke else _REAL).items():
         for impl in IMPLEMENTATIONS:
-            requires = (f"correct/{case.kernel}/{impl}/forward",) if impl == "mosaic" else ()
+            directions = ("forward", "backward") if isinstance(case, Chunked) else ("forward",)
+            requires = tuple(row_name(case.kernel, impl, direction) for direction in directions) if impl == "mosaic" else ()
             benches.append(
                 Bench(f"kernel/{name}/{impl}", functools.partial(_time, case, impl, smoke), seconds=6, requires=requires)
             )

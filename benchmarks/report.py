@@ -146,8 +146,8 @@ def marks(rows: Rows) -> list[Mark]:
     return [Mark("kernels: rows of wrong results", verdict, wrong if checked else None, 0, True), *found]
 
 
-def derived(rows: Rows) -> dict[str, Any]:
-    """What the JSON file says beyond the rows."""
+def derived(rows: Rows, smoke: bool = False) -> dict[str, Any]:
+    """What the JSON file says beyond the rows; tiny models meet no marks."""
     limits, against = ceilings(rows), ratios(rows)
     percents = {}
     for name, row in rows.items():
@@ -159,7 +159,7 @@ def derived(rows: Rows) -> dict[str, Any]:
         "torch_dit_percent_of_matrix_ceiling": _torch_dit_percent(rows),
         "ours_over_torch": against,
         "ours_over_torch_geometric_mean": geometric_mean(list(against.values())) if against else None,
-        "marks": [dataclasses.asdict(mark) for mark in marks(rows)],
+        "marks": [] if smoke else [dataclasses.asdict(mark) for mark in marks(rows)],
     }
 
 
@@ -183,13 +183,15 @@ def _cells(row: Row, limits: Mapping[str, float]) -> list[str]:
         note.append(f"peak {figures['peak_bytes'] / GIGABYTE:.2f} GB")
     if "worst" in figures:
         note.append(f"worst error {figures['worst']:.2g} of {len(figures['errors'])}, {len(figures['not_offered'])} not offered")
+    if "same_again_percent" in figures:
+        note.append(f"timed again: {figures['same_again_percent']:.1f}% off")
     if "compile_seconds" in figures and not ms:
         note.append(f"trace {figures['trace_seconds']:.0f} s, compile {figures['compile_seconds']:.0f} s")
     fps = f"{figures['fps']:.1f}" if figures.get("fps") else ""
     return [row["name"], "ok", time, spread, fps, rate, share, ", ".join(note)]
 
 
-def table(rows: Rows) -> str:
+def table(rows: Rows, smoke: bool = False) -> str:
     """The rows, then the ratios, then the marks, as plain text."""
     limits = ceilings(rows)
     cells = [["row", "status", "ms", "min p10 p90", "FPS", "TFLOP/s", "% limit", "notes"]]
@@ -200,4 +202,6 @@ def table(rows: Rows) -> str:
     if against:
         lines += ["", "ours / PyTorch: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in against.items())]
         lines.append(f"geometric mean {geometric_mean(list(against.values())):.3f}")
+    if smoke:
+        return "\n".join([*lines, "", "tiny models on a CPU: none of these figures means anything"])
     return "\n".join([*lines, "", "marks", *(mark.line() for mark in marks(rows))])

@@ -54,6 +54,7 @@ class Job:
     name: str
     benches: tuple[Bench, ...]
     prepare: Callable[[list[str]], None] = lambda names: None  # gets the names of the rows that will run, once, before the first
+    most_seconds: float | None = None  # after which its process is ended, whatever is left
     uses_torch: bool = False  # then JAX stays on the CPU and leaves the GPU's memory alone
 
 
