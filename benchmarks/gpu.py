@@ -305,7 +305,7 @@ def _header(options: argparse.Namespace) -> dict[str, Any]:
         "sources": sources(),
         "smoke": options.smoke,
         "unroll_steps": not options.scan_steps,
-        "flags": ENVIRONMENT | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")},
+        "flags": {name: value.removeprefix(f"{ROOT}{os.sep}") for name, value in ENVIRONMENT.items()} | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")},
         "environment": {},
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "timing": "host clock around work that is waited for; 2 runs of warm-up, then at least 10 runs and 0.5 s, or 3 runs after 2 s; median, minimum, "

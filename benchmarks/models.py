@@ -331,7 +331,7 @@ def _bench(name: str, smoke: bool, unroll_steps: bool) -> Bench:
     requires = tuple(row_name(kernel, "mosaic", "forward") for kernel in ("ring", "frame")) if name.endswith("_mosaic") else ()
     if smoke and requires:
         return Bench(name, _needs_gpu)
-    return Bench(name, functools.partial(run, name, smoke, unroll_steps), seconds=25, requires=requires)
+    return Bench(name, functools.partial(run, name, smoke, unroll_steps), seconds=30, requires=requires)
 
 
 def _needs_gpu() -> Measurement:

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from benchmarks import report
-from benchmarks.gpu import COMPILE, OUT_OF_TIME, START, Processes, Results, all_jobs, run, select
+from benchmarks.gpu import COMPILE, OUT_OF_TIME, ROOT, START, Processes, Results, _header, all_jobs, parse, run, select
 from benchmarks.opponents import STREAMS as OPPONENTS
 from benchmarks.presets import DECODERS, STREAMS, decoder_config, stream_config
 from benchmarks.rows import Bench, Job, Measurement, NotOfferedError, NotRunError, one_line, run_bench
@@ -341,6 +341,16 @@ def test_rows_are_named_once_and_marks_name_rows():
     for bench in (bench for job in jobs for bench in job.benches):
         assert set(bench.requires) <= set(names)
         assert bench.limit >= bench.seconds
+
+
+def test_every_kind_of_row_is_explained():
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    for name in (bench.name for job in all_jobs() for bench in job.benches):
+        assert f"`{name.split('/')[0]}/" in text, name
+
+
+def test_what_is_recorded_names_no_folder_of_this_machine():
+    assert str(ROOT) not in json.dumps(_header(parse(["--smoke"])))
 
 
 def test_selection():
