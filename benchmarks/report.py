@@ -1,4 +1,4 @@
-"""What follows from the rows: distance from the card's limits, ratios to PyTorch, the issue's marks, and the table."""
+"""What follows from the rows: distance from the card's limits, ratios to PyTorch, the project's marks, and the table."""
 
 import dataclasses
 import math
@@ -49,7 +49,7 @@ def geometric_mean(values: list[float]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """A figure that the issue asks for."""
+    """A figure that the project aims at."""
 
     text: str
     verdict: str  # "pass", "fail", "not run"
@@ -130,7 +130,7 @@ _MARKS: tuple[tuple[str, Callable[[Rows], float | None], float, bool, tuple[str,
 
 
 def marks(rows: Rows) -> list[Mark]:
-    """Pass, fail or not run, for each of the issue's figures and for the kernels' correctness. A row that failed fails its marks."""
+    """Pass, fail or not run, for each of the project's figures and for the kernels' correctness. A row that failed fails its marks."""
     found = []
     for text, figure, asked, at_most, needs in _MARKS:
         value = figure(rows)

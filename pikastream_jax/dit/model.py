@@ -163,12 +163,14 @@ class DiT(nnx.Module):
         fixed_slots: int,
         fixed_valid: Int[Array, "b"],
         ring_valid: Int[Array, "b"],
+        kept: int,
     ) -> tuple[Float[Array, "b f r c z"], KeysValues]:
-        """Velocity of one chunk, and the chunk's own keys (before RoPE) and values [layers, b, f n, h, e].
+        """Velocity of one chunk, and the own keys (before RoPE) and values [layers, b, kept n, h, e] of its first latent frames.
 
         Args:
           cache: every layer's slots, keys already rotated relative to this chunk's last latent frame; see
             `pallas_kernels.ring_attention` for the lengths.
+          kept: latent frames whose keys and values are given back.
         """
         b, f = latents.shape[:2]
         rows, columns = (size // self.config.patch for size in latents.shape[2:4])
@@ -178,7 +180,7 @@ class DiT(nnx.Module):
 
         def attend_self(layer, q, k, v):
             q, k, v = (x.reshape(b, f * n, *x.shape[3:]) for x in (q, k, v))
-            collected.append((k, v))
+            collected.append((k[:, : kept * n], v[:, : kept * n]))
             out = ring_attention(
                 rotate(q, here),
                 rotate(k, here),

@@ -98,6 +98,7 @@ def denoise_chunk(
         fixed_slots=(1 + stream.sink) * n,
         fixed_valid=(1 + state.sink_count) * n,
         ring_valid=jnp.minimum(state.ring_count, stream.window) * n,
+        kept=stream.chunk,
     )
 
     def euler(carry, times):
@@ -114,7 +115,7 @@ def denoise_chunk(
     latents = x[:, : stream.chunk]
     if stream.clean_pass:
         _, own = denoiser.dit.forward_chunk(latents, jnp.zeros((b, stream.chunk)), conditions, cache, **forward)
-    state = write_chunk(config, state, jax.tree.map(lambda leaf: leaf[:, :, : stream.chunk * n], own))
+    state = write_chunk(config, state, own)
     return dataclasses.replace(state, buffer=dataclasses.replace(state.buffer, latents=x[:, stream.chunk :])), latents
 
 

@@ -80,7 +80,7 @@ def test_operations_of_a_denoising_pass(name):
 
     def forward(params, latents, t, conditions, cache, fixed, ring):
         module = models(name).denoiser.bind(params).dit
-        return module.forward_chunk(latents, t, conditions, cache, fixed_slots=n, fixed_valid=fixed, ring_valid=ring)
+        return module.forward_chunk(latents, t, conditions, cache, fixed_slots=n, fixed_valid=fixed, ring_valid=ring, kept=f)
 
     latents = shape((b, f, *config.latent_grid, dit.latent_channels), jnp.float32)
     found = matrix_operations(

@@ -86,6 +86,7 @@ def run_chunks(setting, config):
             fixed_slots=(1 + config.stream.sink) * n,
             fixed_valid=(1 + state.sink_count) * n,
             ring_valid=jnp.minimum(state.ring_count, config.stream.window) * n,
+            kept=size,
         )
         return velocity, write_chunk(config, state, own)
 

@@ -87,6 +87,7 @@ def chunk_by_chunk(params, given):
                 fixed_slots=n,
                 fixed_valid=jnp.full(BATCH, n),
                 ring_valid=jnp.minimum(state.ring_count, CONFIG.stream.window) * n,
+                kept=SIZE,
             )
 
         query, _ = forward(part["query"], part["t_query"])

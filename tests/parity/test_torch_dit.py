@@ -109,6 +109,7 @@ def test_forward_chunk_through_the_cache(sink):
             fixed_slots=(1 + stream.sink) * n,
             fixed_valid=(1 + state.sink_count) * n,
             ring_valid=jnp.minimum(state.ring_count, stream.window) * n,
+            kept=stream.chunk,
         )
         return velocity, write_chunk(config, state, own)
 

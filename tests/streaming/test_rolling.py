@@ -91,7 +91,7 @@ def test_one_pass_moves_every_chunk_one_level_down():
         cache = KeysValues(rotate(state.dit_k, rope_tables(*places, dit.head_dim)), state.dit_v)
         n = CONFIG.tokens_per_frame
         lengths = dict(fixed_slots=n, fixed_valid=jnp.full(BATCH, n), ring_valid=jnp.zeros(BATCH, jnp.int32))
-        velocity, own = module.forward_chunk(x, jnp.tile(t, (BATCH, 1)), conditions, cache, **lengths)
+        velocity, own = module.forward_chunk(x, jnp.tile(t, (BATCH, 1)), conditions, cache, **lengths, kept=3 * CHUNK)
         moved = x + (t_next - t)[0][None, :, None, None, None] * velocity
         return moved, own, denoise_chunk(models, params.denoiser, state, conditions, fresh)
 
