@@ -1,6 +1,5 @@
 # make demo   a talking face from the shipped speech and avatar: talk.mp4
 # make test   the test suite
-# make parity the models against other implementations: the PyTorch twin, diffusers' Wan (installs both)
 # make parity the same models in PyTorch, and Wan's in diffusers, compared with ours
 # make h200   the full-size programs compiled for an H200, without one (600 MB of compiler)
 # make lint   ruff

@@ -92,9 +92,10 @@ class Program:
         return self.arguments + self.outputs - self.aliased + self.temporaries
 
     def copies(self, smallest: int) -> list[str]:
-        """Names of plain copies of at least `smallest` bytes, also where a fusion does nothing but copy."""
+        """Results of at least `smallest` bytes that only move data: copies, and fusions named for slices, concatenations or transposes."""
         found = []
-        for match in re.finditer(r"%(\S*copy\S*) = (\w+)\[([\d,]*)\]", self.text):
+        moves = r"%((?:\S*_|wrapped_)?(?:copy|copy-start|transpose|slice|concatenate)(?:_fusion)?[.\d]*) = \(?(\w+)\[([\d,]*)\]"
+        for match in re.finditer(moves, self.text):
             name, kind, shape = match.groups()
             size = functools.reduce(lambda total, n: total * int(n), filter(None, shape.split(",")), _BYTES.get(kind, 4))
             if size >= smallest:

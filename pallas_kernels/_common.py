@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 _HIDDEN = -1e30  # added to a logit: its weight is 0
 
 
-def check_implementation(kernel: str, impl: str, implementations: Sequence[str] = ("auto", "xla")) -> None:
+def check_implementation(kernel: str, impl: str, implementations: Sequence[str]) -> None:
     """Raises ValueError unless `kernel` has the implementation `impl`."""
     if impl not in implementations:
         raise ValueError(f"{kernel}: impl {impl!r} is not one of {', '.join(implementations)}")
@@ -18,9 +18,9 @@ def check_implementation(kernel: str, impl: str, implementations: Sequence[str] 
 
 @functools.cache
 def cuda_present() -> bool:
-    """Whether a CUDA device is usable: only then may cuDNN's calls be traced at all."""
+    """Whether a CUDA device is usable that cuDNN's fused attention runs on (Ampere or newer): only then may its calls be traced at all."""
     try:
-        return bool(jax.devices("cuda"))
+        return all(float(device.compute_capability) >= 8.0 for device in jax.devices("cuda"))
     except RuntimeError:
         return False
 

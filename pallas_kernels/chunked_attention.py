@@ -9,7 +9,7 @@ three times the time of a kernel with bounds (benchmark figures of tokamax for a
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels._common import attention
+from pallas_kernels._common import attention, check_implementation
 
 IMPLEMENTATIONS = ("auto", "xla", "mosaic")
 
@@ -62,8 +62,7 @@ def chunked_attention(
     """
     if impl == "cudnn":
         raise ValueError("chunked_attention: cuDNN has no form of this visibility without a mask of all tokens; choose 'mosaic' or 'xla'")
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"chunked_attention: impl {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    check_implementation("chunked_attention", impl, IMPLEMENTATIONS)
     frames = chunk_ids.shape[1] * copies
     n = q.shape[1]
     if n % frames:

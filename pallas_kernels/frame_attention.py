@@ -1,13 +1,12 @@
 """Cross-attention in which a group of queries (a latent frame, a chunk) sees only its own keys."""
 
-import jax
+import functools
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import _cudnn, _mosaic
-from pallas_kernels._common import attention, check_implementation, on_cuda, with_gradients_of
-from pallas_kernels.frame_attention_mosaic import MOST_KEYS, MOST_KEYS_BACKWARD, attend_few, attend_few_gradients
-from pallas_kernels.ring_attention_mosaic import streaming_attention
+from pallas_kernels import _cudnn
+from pallas_kernels._common import attention, check_implementation, on_cuda
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "mosaic")
 
@@ -46,8 +45,10 @@ def frame_attention(
         _cudnn.check_supported("frame_attention", q, k, v)
         return _by_frame(_cudnn.attend_groups, *arrays)
     if impl == "mosaic":
-        _mosaic.check_limits("frame_attention", q, k, v)
-        return _by_frame(_by_kernel, *arrays)
+        # Here, so that whoever does without the kernels does not import a GPU's compiler.
+        from pallas_kernels import frame_attention_mosaic
+
+        return _by_frame(functools.partial(frame_attention_mosaic.attend, _xla), *arrays)
     if impl == "xla" or _cudnn.unsupported(q, k, v):
         return _xla(*arrays)
     return on_cuda(lambda *arrays: _by_frame(_cudnn.attend_groups, *arrays), _xla, *arrays)
@@ -61,30 +62,3 @@ def _xla(q, k, v, valid=None):
 def _by_frame(attend, *arrays):
     """`attend` with batch and frames as one axis."""
     return attend(*(x.reshape(-1, *x.shape[2:]) for x in arrays)).reshape(arrays[0].shape)
-
-
-def _by_kernel(q, k, v, valid=None):
-    keys = k.shape[1]
-    valid = jnp.full(k.shape[:1], keys, jnp.int32) if valid is None else jnp.clip(valid, 1, keys).astype(jnp.int32)
-    if keys > MOST_KEYS:
-        return with_gradients_of(_xla, _stream)(q, k, v, valid)
-    if keys > MOST_KEYS_BACKWARD:
-        return with_gradients_of(_xla, attend_few)(q, k, v, valid)
-    return _attend_few(q, k, v, valid)
-
-
-def _stream(q, k, v, valid):
-    zero = jnp.zeros_like(valid)
-    return streaming_attention(q, k, v, None, jnp.stack([zero, zero, zero, valid], axis=1), fixed_slots=0)
-
-
-@jax.custom_vjp
-def _attend_few(q, k, v, valid):
-    return attend_few(q, k, v, valid)
-
-
-def _attend_few_backward(arrays, d_out):
-    return *attend_few_gradients(*arrays, d_out), None
-
-
-_attend_few.defvjp(lambda *arrays: (attend_few(*arrays), arrays), _attend_few_backward)

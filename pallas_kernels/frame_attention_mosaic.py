@@ -5,16 +5,19 @@ softmax in registers, one product. Queries are read once and results written onc
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, BFloat16, Int
+from jaxtyping import Array, BFloat16, Float, Int
 
 from pallas_kernels import _mosaic as mosaic
+from pallas_kernels._common import with_gradients_of
 from pallas_kernels._mosaic import CHUNK, ROWS
+from pallas_kernels.ring_attention_mosaic import streaming_attention
 
 MOST_KEYS = 128  # forward: their logits [64, 128] and the result fit a warpgroup's registers
 MOST_KEYS_BACKWARD = 64  # backward: so must two matrices of logits and the gradients of keys and values
@@ -174,3 +177,40 @@ def attend_few_gradients(
         grid_names=("parts", "groups", "frames"),
         compiler_params=mosaic.COMPILER_PARAMS,
     )(q, k, v, valid, d_out)
+
+
+def attend(reference: Callable, q: Array, k: Array, v: Array, valid: Array | None = None) -> Float[Array, "n t h d"]:
+    """Frame-wise attention with frames as the batch [n, tokens, heads, head dim]: the kernel for few keys, or that of the ring.
+
+    Args:
+      reference: the definition, whose gradients are taken where there is no kernel for them.
+      valid: how many keys count [n]; None means all.
+
+    Raises:
+      ValueError: arrays that the kernels cannot take.
+    """
+    mosaic.check_limits("frame_attention", q, k, v)
+    keys = k.shape[1]
+    valid = jnp.full(k.shape[:1], keys, jnp.int32) if valid is None else jnp.clip(valid, 1, keys).astype(jnp.int32)
+    if keys > MOST_KEYS:
+        return with_gradients_of(reference, _stream)(q, k, v, valid)
+    if keys > MOST_KEYS_BACKWARD:
+        return with_gradients_of(reference, attend_few)(q, k, v, valid)
+    return _attend_few(q, k, v, valid)
+
+
+def _stream(q, k, v, valid):
+    zero = jnp.zeros_like(valid)
+    return streaming_attention(q, k, v, None, jnp.stack([zero, zero, zero, valid], axis=1), fixed_slots=0)
+
+
+@jax.custom_vjp
+def _attend_few(q, k, v, valid):
+    return attend_few(q, k, v, valid)
+
+
+def _attend_few_backward(arrays, d_out):
+    return *attend_few_gradients(*arrays, d_out), None
+
+
+_attend_few.defvjp(lambda *arrays: (attend_few(*arrays), arrays), _attend_few_backward)

@@ -3,9 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import _cudnn, _mosaic
+from pallas_kernels import _cudnn
 from pallas_kernels._common import attention, check_implementation, on_cuda, with_gradients_of
-from pallas_kernels.ring_attention_mosaic import streaming_attention
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "mosaic")
 
@@ -60,8 +59,10 @@ def ring_attention(
         _cudnn.check_supported("ring_attention", *arrays[:5])
         return cudnn(*arrays)
     if impl == "mosaic":
-        _mosaic.check_limits("ring_attention", *arrays[:5])
-        return with_gradients_of(xla, lambda *arrays: _one_kernel(*arrays, **static))(*arrays)
+        # Here, so that whoever does without the kernels does not import a GPU's compiler.
+        from pallas_kernels import ring_attention_mosaic
+
+        return with_gradients_of(xla, lambda *arrays: ring_attention_mosaic.attend(*arrays, **static))(*arrays)
     if impl == "xla" or _cudnn.unsupported(*arrays[:5]):
         return xla(*arrays)
     return on_cuda(cudnn, xla, *arrays)
@@ -83,11 +84,3 @@ def _two_calls(q, k, v, cache_k, cache_v, fixed_valid, ring_valid, *, layer, fix
         return _cudnn.attend(q, *own)[0]
     ring = slice(fixed_slots, None)
     return _cudnn.attend_two(q, own, (cache_k[layer, :, ring], cache_v[layer, :, ring], jnp.clip(ring_valid, 0, ring_slots)))
-
-
-def _one_kernel(q, k, v, cache_k, cache_v, fixed_valid, ring_valid, *, layer, fixed_slots):
-    fixed = jnp.clip(fixed_valid, 0, fixed_slots)
-    ring = jnp.clip(ring_valid, 0, cache_k.shape[2] - fixed_slots)
-    lengths = jnp.stack([jnp.full_like(fixed, layer), fixed, ring, jnp.full_like(fixed, k.shape[1])], axis=1)
-    cache = (cache_k, cache_v) if cache_k.shape[2] else None
-    return streaming_attention(q, k, v, cache, lengths.astype(jnp.int32), fixed_slots=fixed_slots)

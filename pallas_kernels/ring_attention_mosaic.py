@@ -13,7 +13,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, BFloat16, Int
+from jaxtyping import Array, BFloat16, Float, Int
 
 from pallas_kernels import _mosaic as mosaic
 from pallas_kernels._mosaic import CHUNK, ROWS
@@ -233,3 +233,17 @@ def streaming_attention(
         thread_name="warpgroup",
         compiler_params=mosaic.COMPILER_PARAMS,
     )(q, k, v, *(cache or ()), lengths)
+
+
+def attend(q, k, v, cache_k, cache_v, fixed_valid, ring_valid, *, layer: int, fixed_slots: int) -> Float[Array, "b t h d"]:
+    """`ring_attention` by one kernel; arguments as there.
+
+    Raises:
+      ValueError: arrays that the kernel cannot take.
+    """
+    mosaic.check_limits("ring_attention", q, k, v, cache_k, cache_v)
+    fixed = jnp.clip(fixed_valid, 0, fixed_slots)
+    ring = jnp.clip(ring_valid, 0, cache_k.shape[2] - fixed_slots)
+    lengths = jnp.stack([jnp.full_like(fixed, layer), fixed, ring, jnp.full_like(fixed, k.shape[1])], axis=1)
+    cache = (cache_k, cache_v) if cache_k.shape[2] else None
+    return streaming_attention(q, k, v, cache, lengths.astype(jnp.int32), fixed_slots=fixed_slots)

@@ -190,8 +190,9 @@ class StreamConfig:
             "stream: clean_pass True needs schedule 'sequential': a rolling buffer is never clean as a whole",
         )
         _require(
-            4 <= self.reference_distance <= 30,
-            f"stream: reference_distance {self.reference_distance} must lie in 4-30, the range seen in training",
+            4 <= self.reference_distance <= 30 - (self.in_flight - self.chunk),
+            f"stream: reference_distance {self.reference_distance} must lie in 4-{30 - (self.in_flight - self.chunk)}, so that the oldest chunk "
+            "in flight, too, sees the reference at a distance of 4-30, as in training",
         )
 
     @property

@@ -159,6 +159,7 @@ def evaluate(face: TalkingFace, arguments: Arguments) -> tuple[dict[str, Any], l
         "audio": [path.name for path in arguments.audio],
         "identities": list(people),
         "weights": "shipped" if arguments.weights is None else arguments.weights.name,
+        "stream": arguments.stream,
         "quick": arguments.quick,
         "jax": jax.__version__,
         "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",

@@ -199,11 +199,14 @@ class DiT(nnx.Module):
         return velocity, _stack(collected)
 
     def _time(self, t: Float[Array, "b f"], motion: Float[Array, "b f m"]) -> tuple[Float[Array, "b f d"], Float[Array, "b f 6 d"]]:
-        """Embedding and projection of every latent frame's timestep and motion, in float32 whatever the weights are."""
-        embedding = timestep_embedding(t, self.config.frequency_dim).astype(self.dtype)
-        embedding = self.time_embed_out(jax.nn.silu(self.time_embed_in(embedding))) + self.motion_embed(motion.astype(self.dtype))
-        time = self.time_projection(jax.nn.silu(embedding))
-        return embedding.astype(jnp.float32), time.astype(jnp.float32).reshape(*t.shape, 6, self.config.dim)
+        """Embedding and projection of every latent frame's timestep and motion.
+
+        In float32, whatever the weights are: every block is scaled and shifted by it. Only the factors of the four products have the weights' dtype.
+        """
+        embedding = _product(self.time_embed_in, timestep_embedding(t, self.config.frequency_dim))
+        embedding = _product(self.time_embed_out, jax.nn.silu(embedding)) + _product(self.motion_embed, motion)
+        time = _product(self.time_projection, jax.nn.silu(embedding))
+        return embedding, time.reshape(*t.shape, 6, self.config.dim)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -236,6 +239,12 @@ class DiT(nnx.Module):
 
             x = block(x, time, attend, attend_text, attend_audio)
         return unpatchify(self.head(x, embedding).astype(jnp.float32), patch, height // patch, width // patch)
+
+
+def _product(linear: nnx.Linear, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+    kernel = linear.kernel[...]
+    out = jnp.matmul(x.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
+    return out if linear.bias is None else out + linear.bias[...]
 
 
 def _stack(pairs: list[tuple[Array, Array]]) -> KeysValues:

@@ -81,9 +81,10 @@ def drift(
         started = time.perf_counter()
         frames = np.asarray(session.step(piece))  # waits for the device
         times.append(time.perf_counter() - started)
-        colours.append(_colours(frames[len(frames) // 2]))
-        if index % 4 == 0:
-            sampled.append(frames[len(frames) // 2])
+        if len(frames):  # a rolling stream gives its first ones late
+            colours.append(_colours(frames[len(frames) // 2]))
+            if index % 4 == 0:
+                sampled.append(frames[len(frames) // 2])
         at, index = at + count, index + 1
         whole = (len(done) + 1) * 60 * SAMPLE_RATE
         if at >= whole or (at >= total and at - whole >= -30 * SAMPLE_RATE):

@@ -1,11 +1,12 @@
 """Clips to measure: made by the generator chunk by chunk, as a live stream is, or drawn from the truth for comparison."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import numpy as np
 from jaxtyping import Float, UInt8
+from numpy.typing import ArrayLike
 
 from pikastream_jax.data.face import Identity
 from pikastream_jax.measuring.estimator import Estimator, Reading
@@ -27,7 +28,9 @@ EDGE = 32  # pixels: side of the boxes in the upper corners, where the backgroun
 class StreamSession(Protocol):
     """One stream of one face."""
 
-    def step(self, audio: Float[np.ndarray, " n"]) -> UInt8[np.ndarray, "t h w 3"]: ...
+    def step(self, audio: Float[np.ndarray, " n"]) -> ArrayLike: ...
+
+    def finish(self) -> Iterable[ArrayLike]: ...
 
 
 class TalkingFace(Protocol):
@@ -87,7 +90,7 @@ def generated(face: TalkingFace) -> Filmer:
             count = face.chunk_samples(len(chunks))
             chunks.append(session.step(scene.audio[at : at + count]))
             at += count
-        return np.concatenate([*chunks, session.finish()])
+        return np.concatenate([*chunks, *session.finish()])
 
     return make
 

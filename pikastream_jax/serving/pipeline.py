@@ -10,7 +10,7 @@ import dataclasses
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,6 +28,7 @@ from pikastream_jax.serving.queues import BoundedQueue, Cancelled
 from pikastream_jax.serving.timeline import frame_count, output_frames
 
 SEND_GRACE = 1.0  # seconds that a packet under way may take after a second Ctrl-C; a reader that has stopped reading would take for ever
+SLOTS = 3  # one chunk that the device works on, one that it goes on with, one that the encoder may take
 QUEUE_CHUNKS = 2  # one being read and one ready hides the jitter of a stage; more would only add latency
 
 
@@ -40,8 +41,8 @@ class Session(Protocol):
     def step(self, audio: Float32[np.ndarray, " n"]) -> Any:
         """The next chunk of sound -> the frames [t, h, w, 3] of the oldest chunk that is ready, uint8; `np.asarray` waits for them."""
 
-    def finish(self) -> UInt8[np.ndarray, "t h w 3"]:
-        """The frames of the chunks that were not ready when the sound ended."""
+    def finish(self) -> Iterable[Any]:
+        """The frames of each chunk that was not ready when the sound ended, as `step` gives them."""
 
 
 @runtime_checkable
@@ -97,8 +98,11 @@ class Pipeline:
         self._output, self._media, self._meter, self._progress = output, media, meter, progress
         self._realtime = realtime
         self._audio: BoundedQueue[AudioChunk] = BoundedQueue(QUEUE_CHUNKS)
-        self._begun: BoundedQueue[_Begun] = BoundedQueue(1)  # one that the device works on and one that it may go on with
-        self._video: BoundedQueue[VideoChunk] = BoundedQueue(QUEUE_CHUNKS)
+        # A chunk takes a slot when it is begun and leaves it when the encoder takes it, so these two queues are never full: whoever waits for
+        # the device waits for nothing else, and its times are the device's.
+        self._slots: BoundedQueue[None] = BoundedQueue(SLOTS)
+        self._begun: BoundedQueue[_Begun] = BoundedQueue(SLOTS)
+        self._video: BoundedQueue[VideoChunk] = BoundedQueue(SLOTS)
         self._packets: BoundedQueue[_Encoded] = BoundedQueue(QUEUE_CHUNKS)
         self._stopping = threading.Event()
         self._failure: BaseException | None = None
@@ -158,7 +162,7 @@ class Pipeline:
         with self._lock:
             self._failure = self._failure or error
         self._stopping.set()
-        for queue in (self._audio, self._begun, self._video, self._packets):
+        for queue in (self._audio, self._slots, self._begun, self._video, self._packets):
             queue.cancel()
 
     def _guard(self, stage: Callable[[], None], ended: threading.Event) -> None:
@@ -188,12 +192,18 @@ class Pipeline:
             at = time.perf_counter()
             frames = self._session.step(chunk.speech)
             if len(frames):
-                self._begun.put(_Begun(waiting.popleft(), frames, at))
-        at, rest = time.perf_counter(), self._session.finish()
-        for index, chunk in enumerate(waiting):
-            first = index * self._generator.chunk_frames
-            self._begun.put(_Begun(chunk, rest[first : first + self._generator.chunk_frames], at))
+                self._begin(waiting.popleft(), frames, at)
+        if self._failure is not None:
+            return
+        at = time.perf_counter()
+        for chunk, frames in zip(waiting, self._session.finish(), strict=True):
+            self._begin(chunk, frames, at)
+            at = time.perf_counter()
         self._begun.close()
+
+    def _begin(self, chunk: AudioChunk, frames: Any, at: float) -> None:
+        self._slots.put(None)
+        self._begun.put(_Begun(chunk, frames, at))
 
     def _copy(self) -> None:
         free = 0.0  # when the device was done with the chunk before
@@ -212,7 +222,9 @@ class Pipeline:
     def _encode(self) -> None:
         encoder = Encoder(self._output.video, self._output.audio, self._media)
         samples = count = 0
+        slots = iter(self._slots)
         for chunk in self._video:
+            next(slots, None)
             samples += len(chunk.audio.master)
             shown = output_frames(
                 chunk.audio.index * self._generator.chunk_frames,

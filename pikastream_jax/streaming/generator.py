@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ class Generator:
             denoiser = models.denoiser.bind(params.denoiser)
             return Reference(denoiser.dit.reference_keys_values(normalised), normalised), 10.0 * jnp.log10(4.0 / error)
 
-        def start(params: ModelParams, state: StreamState, reference: Reference):
+        def start(params: ModelParams, rng: Array, reference: Reference, prompt: tuple[KeysValues, Array]):
+            # Copies: a state is donated to its first step, and a prompt may begin many streams.
+            state = install_prompt(dataclasses.replace(init_state(config, 1), rng=rng), *jax.tree.map(jnp.copy, prompt))
             silence = models.denoiser.bind(params.denoiser).audio.from_samples(jnp.zeros(config.audio.context_samples))
             return fill_buffer(config, install_reference(state, reference.keys_values), reference.latents, silence)
 
@@ -73,7 +76,8 @@ class Generator:
                 decoder, out = vae.decode_step(caches[1], mean)
                 return (encoder, decoder), out
 
-            caches = vae.init_encode_cache(1, rows, columns), vae.init_decode_cache(1, rows, columns)
+            dtype = jnp.dtype(config.stream.dtype)
+            caches = vae.init_encode_cache(1, rows, columns, dtype), vae.init_decode_cache(1, rows, columns, dtype)
             _, out = jax.lax.scan(one, caches, grouped)
             return jnp.round((jnp.clip(out.reshape(frames.shape), -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
@@ -81,7 +85,7 @@ class Generator:
         self._step = jax.jit(step, donate_argnums=1)
         self._encode_reference = jax.jit(encode_reference)
         self._encode_prompt = jax.jit(encode_prompt)
-        self._start = jax.jit(start, donate_argnums=1)
+        self._start = jax.jit(start)
         self._reconstruct = jax.jit(reconstruct)
 
     def chunk_samples(self, index: int) -> int:
@@ -116,9 +120,7 @@ class Generator:
 
     def start(self, reference: "Reference", prompt: tuple[KeysValues, Array], seed: int) -> StreamState:
         """The state before the first sound."""
-        rng = jax.random.key_data(jax.random.key(seed))[None]
-        state = install_prompt(dataclasses.replace(init_state(self.config, 1), rng=rng), *prompt)
-        return self._start(self.params, state, reference)
+        return self._start(self.params, jax.random.key_data(jax.random.key(seed))[None], reference, prompt)
 
     def run_step(self, state: StreamState, inputs: StepInputs) -> tuple[StreamState, UInt8[Array, "b t h w 3"]]:
         """The compiled step; `state` is donated."""
@@ -184,13 +186,14 @@ class Session:
         frames.copy_to_host_async()
         return frames
 
-    def finish(self) -> UInt8[np.ndarray, "t h w 3"]:
-        """The frames of the chunks still in flight when the sound ends; they hear silence after it. None in the sequential schedule."""
-        stream = self._generator.config.stream
-        left = min(stream.delay, self._chunk)
-        frames = [self.step(np.zeros(self._generator.chunk_samples(self._chunk), np.float32)) for _ in range(stream.delay)]
-        shape = (0, stream.height, stream.width, 3)
-        return np.concatenate([np.zeros(shape, np.uint8), *map(np.asarray, frames[len(frames) - left :])])
+    def finish(self) -> Iterator[UInt8[Array, "t h w 3"]]:
+        """The frames of each chunk still in flight when the sound ends; they hear silence after it. None in the sequential schedule."""
+        left = min(self._generator.config.stream.delay, self._chunk)
+        while left:
+            frames = self.step(np.zeros(self._generator.chunk_samples(self._chunk), np.float32))
+            if len(frames):
+                left -= 1
+                yield frames
 
 
 def load_generator(weights: Path | None = None, **stream: Any) -> Generator:

@@ -105,7 +105,7 @@ def install_reference(state: StreamState, reference: KeysValues) -> StreamState:
 
 
 def install_prompt(state: StreamState, text: KeysValues, valid: Int[Array, "b 1"]) -> StreamState:
-    """Overwrites the prompt's keys and values."""
+    """Puts the prompt's keys and values in the place of the present ones; they are the state's from then on, and donated with it."""
     return dataclasses.replace(state, text=text, text_valid=valid)
 
 

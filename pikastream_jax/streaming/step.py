@@ -60,9 +60,12 @@ def slot_times(config: Config, ring_count: Int[Array, "b"]) -> Float[Array, "b g
 
 
 def write_chunk(config: Config, state: StreamState, chunk: KeysValues) -> StreamState:
-    """Stores a chunk's keys and values: in the sink while that has room, else over the ring's oldest."""
+    """Stores a chunk's keys and values: in the sink while that has room, else over the ring's oldest.
+
+    What was in flight before a rolling stream's first sound is nothing to keep for ever: it goes to the ring.
+    """
     stream, n = config.stream, config.tokens_per_frame
-    to_sink = state.sink_count < stream.sink
+    to_sink = (state.sink_count < stream.sink) & (state.chunk_count >= stream.delay)
     slot = 1 + jnp.where(to_sink, state.sink_count, stream.sink + state.ring_count % stream.window)
 
     return dataclasses.replace(

@@ -30,6 +30,7 @@ def kernels(program: str) -> int:
 RINGS = {
     "9b, 3 latent frames": (1, 1170, 32, 32, 128, 30, 390, 5070),
     "9b, 1 latent frame": (1, 390, 32, 32, 128, 30, 390, 5070),
+    "9b, 4 chunks in flight": (1, 4680, 32, 32, 128, 30, 390, 5070),
     "9b, 4 sessions": (4, 1170, 32, 32, 128, 30, 390, 5070),
     "1.3b": (1, 4680, 12, 12, 128, 30, 1560, 29640),
     "flash_vae decoder": (1, 1560, 16, 4, 64, 12, 0, 3120),
@@ -60,11 +61,12 @@ def test_ring(name):
 
 # Batch, groups, queries, heads, key heads, head dim, keys, whether their number is data.
 FRAMES = {
-    "9b audio": (1, 3, 390, 32, 32, 128, 24, False),
+    "9b audio": (1, 3, 390, 32, 32, 128, 32, False),
     "1.3b audio": (1, 3, 1560, 12, 12, 128, 32, False),
     "9b training audio": (2, 21, 390, 32, 32, 128, 64, False),
     "two tiles of keys": (1, 3, 390, 32, 8, 64, 100, True),
-    "9b text": (1, 1, 1170, 32, 32, 128, 512, True),
+    "9b text": (1, 1, 1170, 32, 32, 128, 128, True),
+    "1.3b text": (1, 1, 4680, 12, 12, 128, 512, True),
     "flash_vae refinement": (1, 1, 6240, 8, 8, 64, 6240, False),
     "9b reference": (1, 1, 390, 32, 32, 128, 390, False),
 }

@@ -56,6 +56,15 @@ def test_a_change_of_colour_is_measured_in_lab(estimator):
     assert report["colour_background"] == pytest.approx(expected, rel=1e-3)
 
 
+def test_a_stream_that_answers_late_is_measured_too(estimator):
+    class Late(StillFace):
+        def step(self, audio):
+            frames = super().step(audio)
+            return frames if self.index > 3 else frames[:0]
+
+    assert run(estimator, Late())["colour_background"] == 0.0
+
+
 def test_another_face_raises_the_identity_distance(estimator):
     report = run(estimator, StillFace(later_seed=SEED + 1))
     assert report["identity_change"] > 0.5

@@ -25,8 +25,8 @@ class FakeSession:
         frames[:, 64:192, 64:192] = (loudness * 255).astype(np.uint8)[:, None, None, None]
         return frames
 
-    def finish(self) -> np.ndarray:
-        return np.zeros((0, self.generator.size, self.generator.size, 3), np.uint8)
+    def finish(self) -> list[np.ndarray]:
+        return []
 
 
 class FakeGenerator:

@@ -6,12 +6,15 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import configs
+from pikastream_jax.audio.slices import max_chunk_samples
 from pikastream_jax.streaming.generator import load_generator
 from pikastream_jax.streaming.package import save_package
+from pikastream_jax.streaming.state import StepInputs, init_state
 from pikastream_jax.text import Tokenizer
 from tests.small import small_config, small_models
 
@@ -86,7 +89,7 @@ def test_a_rolling_stream_gives_its_frames_late_and_none_is_lost(load):
     session = rolling.session(picture(), "smiling", 0)
     early = [np.asarray(session.step(sound(rolling, chunk))) for chunk in range(CHUNKS)]
     assert [len(frames) for frames in early] == [0, 0] + [8] * (CHUNKS - 2)
-    rest = session.finish()
+    rest = np.concatenate(list(session.finish()))
     assert rest.shape == (16, 48, 32, 3) and rest.dtype == np.uint8 and rest.std() > 0.1 * 127
     # The same stream with silence after it, pushed by hand.
     session = rolling.session(picture(), "smiling", 0)
@@ -94,12 +97,22 @@ def test_a_rolling_stream_gives_its_frames_late_and_none_is_lost(load):
     by_hand = [np.asarray(session.step(audio)) for audio in [*(sound(rolling, chunk) for chunk in range(CHUNKS)), *silence]]
     np.testing.assert_array_equal(np.concatenate(by_hand), np.concatenate([*early, rest]))
     short = rolling.session(picture(), "smiling", 0)
-    assert len(short.step(sound(rolling, 0))) == 0 and len(short.finish()) == 8, "a stream shorter than the delay is not lost either"
+    assert len(short.step(sound(rolling, 0))) == 0 and [len(frames) for frames in short.finish()] == [8], "a stream shorter than the delay is not lost either"
+
+
+def test_a_reference_and_a_prompt_may_begin_many_streams(generator):
+    reference, _ = generator.encode_reference(picture())
+    prompt = generator.encode_prompt("smiling")
+    first, second = (generator.start(reference, prompt, seed) for seed in (1, 1))
+    audio = np.zeros((1, max_chunk_samples(CONFIG)), np.float32)
+    inputs = StepInputs(jnp.asarray(audio), jnp.asarray([[2667, 2666]], jnp.int32))
+    _, frames = generator.run_step(first, inputs)
+    np.testing.assert_array_equal(frames, generator.run_step(second, inputs)[1])
 
 
 def test_a_sequential_stream_has_nothing_left(generator):
     session = generator.session(picture(), "smiling", 0)
-    assert len(session.step(sound(generator, 0))) == 8 and session.finish().shape == (0, 48, 32, 3)
+    assert len(session.step(sound(generator, 0))) == 8 and list(session.finish()) == []
 
 
 @pytest.mark.parametrize(
@@ -150,6 +163,21 @@ def test_reconstruction_is_the_autoencoder_and_its_figure(generator):
     error = np.mean((generator.reconstruct(still).astype(float) - still) ** 2)
     figure = generator.session(picture(), "", 0).reconstruction_psnr
     assert figure == pytest.approx(10 * np.log10(255**2 / error), abs=0.05)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float8"])
+def test_products_have_the_precision_that_was_asked_for(load, precision):
+    """In the lowered programs of the stream and of `reconstruct`: float32 factors only in the sound's filter bank, and where e4m3 is emulated."""
+    generator = load(precision=precision)
+    config = generator.config
+    inputs = StepInputs(jnp.zeros((1, max_chunk_samples(config))), jnp.zeros((1, 2), jnp.int32))
+    step = generator._step.lower(generator.params, init_state(config, 1), inputs).as_text()
+    video = generator._reconstruct.lower(generator.params, jnp.zeros((4, 48, 32, 3), jnp.uint8)).as_text()
+    for program, allowed in ((step, 1), (video, 0)):
+        products = [line for line in program.splitlines() if "stablehlo.dot_general" in line]
+        single = [line for line in products if "bf16" not in line.split(" : ")[-1].split("->")[0]]
+        emulated = [line for line in single if precision == "float8" and "tensor<1x2x6x" in line]
+        assert len(products) > 10 and len(single) - len(emulated) <= allowed, single
 
 
 def test_streaming_imports_no_training_data():

@@ -146,6 +146,16 @@ def test_the_sink_fills_first_and_empties_on_a_new_reference():
     assert state.dit_v[0, 0, ::n, 0, 0].tolist() == [5, 1, 1, 2, 2, 0, 0]
 
 
+def test_what_was_in_flight_before_the_first_sound_is_not_kept_in_the_sink():
+    config = small_config(sink=2, schedule="rolling", steps=3)
+    n = config.tokens_per_frame
+    state = dataclasses.replace(init_state(config, 2), chunk_count=jnp.array([1, 2]))  # the first real chunk leaves with chunk 2
+    shape = (config.dit.blocks, 2, 2 * n, config.dit.heads, config.dit.head_dim)
+    state = write_chunk(config, state, KeysValues(jnp.ones(shape), jnp.ones(shape)))
+    assert state.sink_count.tolist() == [0, 2] and state.ring_count.tolist() == [2, 0]
+    assert state.dit_k[0, :, ::n, 0, 0].tolist() == [[0, 0, 0, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0, 0]]
+
+
 @pytest.mark.parametrize("fps", [24, 25, 30])
 def test_slices_of_a_stream_equal_slices_of_the_whole(fps):
     """The rational clock: 24 FPS has 2,666.67 samples to a latent frame, and nothing drifts."""
