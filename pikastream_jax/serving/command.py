@@ -48,7 +48,7 @@ class Options:
     audio: str
     """speech: WAV, FLAC, OGG, MP3, M4A, ...; - is standard input as it arrives (WAV, or raw 16-bit mono PCM)"""
     image: Path | None = None
-    """picture of the face to show; its middle square is used"""
+    """picture of the face to show; the largest middle part of the model's shape is used (a square for the shipped model)"""
     avatar: str | None = None
     """a face of the shipped gallery instead of --image (default: the first)"""
     prompt: str = "a person talking"
@@ -60,7 +60,8 @@ class Options:
     fps: float | None = None
     """frames per second put out, by repeating or dropping (default: the model's)"""
     size: int | None = None
-    """width and height put out, in pixels (default: the model's)"""
+    """width and height put out, in pixels; for a model that is not square, the shorter side: the longer one follows its shape, both are
+    even (default: the model's)"""
     realtime: bool = False
     """pace everything as a live source, instead of as fast as possible"""
     metrics: Path | None = None
@@ -178,7 +179,7 @@ def serve(options: Options, load_generator: Callable[..., Generator] | None = No
         generator = load_generator(weights=options.weights, **options.stream)
     except (OSError, ValueError) as error:
         raise ServeError(f"cannot load the model: {' '.join(str(error).split())}") from error
-    session = generator.session(reference_pixels(image, generator.size), options.prompt, options.seed)
+    session = generator.session(reference_pixels(image, generator.height, generator.width), options.prompt, options.seed)
     meter.startup_seconds = time.perf_counter() - began
     meter.reconstruction_psnr = session.reconstruction_psnr
     if session.reconstruction_psnr < generator.psnr_warning:
@@ -190,7 +191,8 @@ def serve(options: Options, load_generator: Callable[..., Generator] | None = No
     if source is None:
         source = open_audio(options.audio, options.audio_rate)
     fps = Fraction(generator.fps) if options.fps is None else Fraction(options.fps).limit_denominator(1001)
-    media = MediaFormat(options.size or generator.size, fps, output_channels(source))
+    height, width = output_size(generator.height, generator.width, options.size)
+    media = MediaFormat(height, width, fps, output_channels(source))
     progress = Progress(meter, None if total is None else frame_count(total, source.rate, fps))
     realtime = options.realtime or options.over_rtp  # a network would lose what comes faster than it plays
     output = _open_output(options, destination, media)
@@ -201,6 +203,18 @@ def serve(options: Options, load_generator: Callable[..., Generator] | None = No
     finally:
         output.discard()
     return _conclude(options, meter)
+
+
+def output_size(height: int, width: int, shorter: int | None) -> tuple[int, int]:
+    """Height and width put out by a model of `height` x `width` pixels.
+
+    Args:
+      shorter: length of the shorter side, even; the longer one is the even number nearest to the model's aspect. None: the model's own size.
+    """
+    if shorter is None:
+        return height, width
+    scale = Fraction(shorter, min(height, width))
+    return 2 * round(height * scale / 2), 2 * round(width * scale / 2)
 
 
 def _check_output(options: Options):

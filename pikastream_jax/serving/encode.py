@@ -20,7 +20,8 @@ _SRGB_PRIMARIES = 1
 class MediaFormat:
     """What is sent."""
 
-    size: int  # pixels each way, even
+    height: int  # pixels, even
+    width: int  # pixels, even
     fps: Fraction
     channels: int  # 1 or 2, at MASTER_RATE
 
@@ -35,13 +36,13 @@ def add_video(container: av.container.OutputContainer, media: MediaFormat, repea
     if repeat_headers:
         options["x264-params"] = "repeat-headers=1"
     stream = container.add_stream("libx264", rate=media.fps, options=options)
-    stream.width = stream.height = media.size
+    stream.height, stream.width = media.height, media.width
     stream.pix_fmt = "yuv420p"
     context = stream.codec_context
     context.time_base = Fraction(1, VIDEO_CLOCK)
     context.gop_size = gop
     # zerolatency cuts a picture into one slice per thread, and the model needs the cores more: small ones get one.
-    context.thread_count = 1 if media.size <= 512 else 2
+    context.thread_count = 1 if media.height * media.width <= 512**2 else 2
     context.colorspace, context.color_range = _BT601, av.video.reformatter.ColorRange.MPEG
     context.color_primaries = context.color_trc = _SRGB_PRIMARIES
     return stream
@@ -81,8 +82,8 @@ class Encoder:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             frame = self._reformatter.reformat(
                 frame,
-                self._media.size,
-                self._media.size,
+                self._media.width,
+                self._media.height,
                 "yuv420p",
                 dst_colorspace="itu601",
                 interpolation="LANCZOS",

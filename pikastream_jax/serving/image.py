@@ -1,4 +1,4 @@
-"""The reference picture: a file or a face of the gallery, as the square of pixels that the model takes."""
+"""The reference picture: a file or a face of the gallery, as the pixels that the model takes."""
 
 import importlib.resources
 import warnings
@@ -79,9 +79,9 @@ def load_image(path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def reference_pixels(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """The middle square of an RGB picture, resized to `size` x `size`."""
-    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS), np.uint8)
+def reference_pixels(image: Image.Image, height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
+    """The largest middle part of an RGB picture that has the aspect of `height` x `width`, resized to that."""
+    return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS), np.uint8)
 
 
 def _gallery():

@@ -50,7 +50,8 @@ class Generator(Protocol):
     """What serving needs from `pikastream_jax.streaming.generator`."""
 
     fps: int
-    size: int  # pixels each way
+    height: int  # pixels
+    width: int
     sample_rate: int  # Hz
     chunk_frames: int
     psnr_warning: float  # dB; a reference reproduced worse than this is unlike the training faces
@@ -58,7 +59,7 @@ class Generator(Protocol):
     def chunk_samples(self, index: int) -> int:
         """Samples of chunk `index`."""
 
-    def session(self, image: UInt8[np.ndarray, "size size 3"], prompt: str, seed: int) -> Session:
+    def session(self, image: UInt8[np.ndarray, "height width 3"], prompt: str, seed: int) -> Session:
         """A new stream."""
 
 

@@ -40,7 +40,8 @@ class Generator:
         # Only what serving needs is kept: of the single projections nothing remains once the package is gone.
         self.models = models = serving_models(package.models)
         self.params = serving_params(package.models, package.params)
-        self.fps, self.size, self.sample_rate = config.stream.fps, config.stream.height, config.audio.sample_rate
+        self.fps, self.sample_rate = config.stream.fps, config.audio.sample_rate
+        self.height, self.width = config.stream.height, config.stream.width
         self.chunk_frames = config.chunk_frames
 
         def step(params: ModelParams, state: StreamState, inputs: StepInputs):
@@ -96,7 +97,7 @@ class Generator:
         """A new stream of one face.
 
         Args:
-          image: the reference, of the generator's size.
+          image: the reference, of the generator's height and width.
           prompt: expression, gaze, head motion; may be empty.
           seed: of everything that sound and prompt leave open: head motion, blinks.
 

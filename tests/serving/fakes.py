@@ -21,8 +21,9 @@ class FakeSession:
         generator.steps += 1
         time.sleep(generator.step_seconds)
         loudness = np.abs(audio.reshape(generator.chunk_frames, -1)).max(axis=1)
-        frames = np.zeros((generator.chunk_frames, generator.size, generator.size, 3), np.uint8)
-        frames[:, 64:192, 64:192] = (loudness * 255).astype(np.uint8)[:, None, None, None]
+        frames = np.zeros((generator.chunk_frames, generator.height, generator.width, 3), np.uint8)
+        top, left = generator.height // 4, generator.width // 4
+        frames[:, top:-top, left:-left] = (loudness * 255).astype(np.uint8)[:, None, None, None]
         return frames
 
     def finish(self) -> list[np.ndarray]:
@@ -30,18 +31,19 @@ class FakeSession:
 
 
 class FakeGenerator:
-    fps, size, sample_rate, chunk_frames, psnr_warning = 25, 256, 16_000, 12, 20.0
+    fps, sample_rate, chunk_frames, psnr_warning = 25, 16_000, 12, 20.0
 
-    def __init__(self, weights=None, step_seconds: float = 0.0):
+    def __init__(self, weights=None, step_seconds: float = 0.0, height: int = 256, width: int = 256):
         if weights is not None and not weights.exists():
             raise FileNotFoundError(f"no weights at {weights}")
         self.step_seconds, self.steps = step_seconds, 0
+        self.height, self.width = height, width
 
     def chunk_samples(self, index: int) -> int:
         return 7680
 
     def session(self, image: np.ndarray, prompt: str, seed: int) -> FakeSession:
-        assert image.shape == (256, 256, 3) and image.dtype == np.uint8
+        assert image.shape == (self.height, self.width, 3) and image.dtype == np.uint8
         return FakeSession(self, image)
 
 

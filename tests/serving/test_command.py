@@ -6,7 +6,7 @@ from media import play, write_clicks, write_face
 from PIL import Image
 
 from pikastream_jax.serving import image
-from pikastream_jax.serving.command import Options, main, parse
+from pikastream_jax.serving.command import Options, main, output_size, parse
 
 
 @pytest.fixture
@@ -142,6 +142,22 @@ def test_a_way_of_streaming_that_makes_no_sense_is_one_line(folder, capfd):
 
     assert run(folder, "--steps", 0, load=load) == 1
     assert capfd.readouterr().err.splitlines() == ["error: cannot load the model: stream: steps 0 must lie in 1-64"]
+
+
+@pytest.mark.parametrize(
+    "model, size, expected",
+    [
+        ((256, 256), None, (256, 256)),
+        ((256, 256), 360, (360, 360)),
+        ((480, 832), None, (480, 832)),
+        ((480, 832), 720, (720, 1248)),
+        ((832, 480), 720, (1248, 720)),
+        ((96, 160), 50, (50, 84)),  # 83.3: the nearest even number
+        ((160, 96), 64, (106, 64)),  # 106.7
+    ],
+)
+def test_size_is_the_shorter_side_and_keeps_the_models_shape(model, size, expected):
+    assert output_size(*model, size) == expected
 
 
 def test_defaults_and_help(capsys):

@@ -44,7 +44,7 @@ def serve(folder, speech, generator, *arguments):
 
 def test_shipped_speech_and_avatar_become_a_moving_face(tmp_path, speech, generator):
     played = serve(tmp_path, speech, generator)
-    assert played.frames.shape == (round(SECONDS * generator.fps), generator.size, generator.size, 3)
+    assert played.frames.shape == (round(SECONDS * generator.fps), generator.height, generator.width, 3)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["reconstruction_psnr_db"] >= generator.psnr_warning  # the model knows its own avatars
     frames = played.frames.astype(np.float32)

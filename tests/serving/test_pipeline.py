@@ -74,16 +74,37 @@ def test_another_rate_and_size_change_the_output_only(tmp_path, fps, size):
     assert inside.max() > 200 and inside.min() < 10
 
 
-def test_colours_survive(tmp_path):
+@pytest.mark.parametrize(
+    "arguments, expected", [([], (96, 160)), (["--size", 48], (48, 80)), (["--size", 200], (200, 334))]
+)
+@pytest.mark.parametrize("upright", [False, True])
+def test_a_model_that_is_not_square(tmp_path, arguments, expected, upright):
+    turn = slice(None, None, -1 if upright else 1)
+    model, (height, width) = (96, 160)[turn], expected[turn]
+    path = tmp_path / "out.mp4"
+    generator = FakeGenerator(height=model[0], width=model[1])
+    assert run(tmp_path, path, *arguments, generator=generator, seconds=2.0, first=0.0, every=0.8) == 0
+    played = play(path)
+    assert_in_sync(played, [0.0, 0.8, 1.6])
+    assert played.frames.shape == (50, height, width, 3)
+    # The box that flashes fills the middle half each way, in the place and shape in which the model drew it.
+    lit = played.frames[0].mean(axis=-1) > 110
+    rows, columns = np.flatnonzero(lit.any(axis=1)), np.flatnonzero(lit.any(axis=0))
+    found = [rows[0], rows[-1] + 1, columns[0], columns[-1] + 1]
+    np.testing.assert_allclose(found, [height / 4, height * 3 / 4, width / 4, width * 3 / 4], atol=2)
+
+
+@pytest.mark.parametrize("height, width", [(256, 256), (96, 160)])
+def test_colours_survive(tmp_path, height, width):
     colour = np.array([200, 90, 40], np.uint8)
 
     class Painter(FakeGenerator):
         def session(self, image, prompt, seed):
             session = super().session(image, prompt, seed)
-            session.step = lambda audio: np.broadcast_to(colour, (12, 256, 256, 3))
+            session.step = lambda audio: np.broadcast_to(colour, (12, height, width, 3))
             return session
 
-    assert run(tmp_path, tmp_path / "out.mp4", seconds=0.5, generator=Painter()) == 0
+    assert run(tmp_path, tmp_path / "out.mp4", seconds=0.5, generator=Painter(height=height, width=width)) == 0
     frames = play(tmp_path / "out.mp4").frames.astype(int)
     assert np.abs(frames - colour).max() <= 4
 
@@ -123,7 +144,7 @@ def pipeline(tmp_path, generator, output, seconds, media):
 
 
 def test_a_slow_reader_slows_the_model_and_nothing_piles_up(tmp_path):
-    generator, media, gate = FakeGenerator(), MediaFormat(256, Fraction(25), 1), threading.Event()
+    generator, media, gate = FakeGenerator(), MediaFormat(256, 256, Fraction(25), 1), threading.Event()
     output = PipeOutput(media, lambda data: gate.wait(10))
     stream, meter = pipeline(tmp_path, generator, output, 15.0, media)
     thread = threading.Thread(target=stream.run, daemon=True)
@@ -138,7 +159,7 @@ def test_a_slow_reader_slows_the_model_and_nothing_piles_up(tmp_path):
 
 def test_a_chunk_leaves_while_the_next_is_made(tmp_path):
     """Each chunk's frames, all but what the audio codec delays, are out before the next chunk is even done."""
-    media, written, steps = MediaFormat(256, Fraction(25), 1), [], []
+    media, written, steps = MediaFormat(256, 256, Fraction(25), 1), [], []
 
     class Slow(FakeGenerator):
         def session(self, image, prompt, seed):
@@ -213,7 +234,7 @@ def test_one_ctrl_c_does_not_spoil_a_stream_that_is_being_closed(tmp_path, monke
 def test_an_existing_file_is_replaced_only_by_a_whole_one(tmp_path):
     path = tmp_path / "out.ts"
     path.write_bytes(b"old")
-    output = FileOutput(path, MediaFormat(256, Fraction(25), 1))
+    output = FileOutput(path, MediaFormat(256, 256, Fraction(25), 1))
     assert path.read_bytes() == b"old"
     output.discard()
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

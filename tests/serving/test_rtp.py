@@ -106,7 +106,7 @@ def test_gstreamer_opens_the_sdp_and_decodes_both(tmp_path):
 
 
 def test_the_sdp_describes_what_is_sent(tmp_path):
-    output = RtpOutput(Destination("127.0.0.1", free_port()), tmp_path / "a.sdp", MediaFormat(256, Fraction(25), 2))
+    output = RtpOutput(Destination("127.0.0.1", free_port()), tmp_path / "a.sdp", MediaFormat(256, 256, Fraction(25), 2))
     lines = (tmp_path / "a.sdp").read_bytes().decode().split("\r\n")
     assert lines[0] == "v=0" and lines[-1] == "" and "c=IN IP4 127.0.0.1" in lines
     assert "a=rtpmap:96 H264/90000" in lines and "a=rtpmap:97 opus/48000/2" in lines

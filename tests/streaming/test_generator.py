@@ -5,13 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import soundfile
+from PIL import Image
 
 import configs
 from pikastream_jax.audio.slices import max_chunk_samples
+from pikastream_jax.serving.command import main
 from pikastream_jax.streaming.generator import load_generator
 from pikastream_jax.streaming.package import save_package
 from pikastream_jax.streaming.state import StepInputs, init_state
@@ -128,6 +132,16 @@ def test_how_it_streams_is_checked(load, fields, message):
 def test_a_picture_of_another_size_is_named(generator, shape):
     with pytest.raises(ValueError, match=rf"shape \({shape[0]}, {shape[1]}.*takes \(48, 32, 3\): resize it first"):
         generator.session(np.zeros(shape, np.uint8), "", 0)
+
+
+def test_a_model_that_is_not_square_is_served_in_its_own_shape(generator, tmp_path):
+    assert (generator.height, generator.width) == (48, 32)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 120, 3), np.uint8)).save(tmp_path / "face.png")
+    soundfile.write(tmp_path / "speech.wav", sound(generator, 0), 16_000)
+    files = ["--audio", tmp_path / "speech.wav", "--image", tmp_path / "face.png", "--output", tmp_path / "out.mp4"]
+    assert main([str(word) for word in files], lambda weights=None: generator) == 0
+    with av.open(str(tmp_path / "out.mp4")) as video:
+        assert {(frame.height, frame.width) for frame in video.decode(video=0)} == {(48, 32)}
 
 
 def test_a_wrong_number_of_samples_is_named_and_changes_nothing(generator):
