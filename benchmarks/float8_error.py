@@ -3,7 +3,7 @@
 A denoising pass of one latent frame (390 tokens) through all 30 blocks at full width, with random weights drawn block by block, so that no more
 than one block is in memory: once with bfloat16 products and once with e4m3, against the same pass in float32. Queries see the frame's own keys,
 128 text tokens and 32 audio tokens. Trained weights have outliers that random ones lack: what e4m3 does to those is measured on the small
-model, in docs/quality.md.
+model, in docs/performance.md.
 """
 
 import functools

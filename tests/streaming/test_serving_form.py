@@ -57,7 +57,7 @@ def test_fused_projections_give_the_same_frames():
 
 @pytest.mark.parametrize(("precision", "limit"), [("bfloat16", 0.03), ("float8", 0.15)])
 def test_lower_precision_gives_nearly_the_same_frames(precision, limit):
-    """Random weights, whose errors nothing damps; what it does to trained ones is in docs/quality.md."""
+    """Random weights, whose errors nothing damps; what it does to trained ones is in docs/performance.md."""
     config, models, params = served(precision)
     found, state = stream(config, models, params)
     expected, _ = stream(*(served("float32")))
