@@ -44,3 +44,6 @@ class _Session:
             smile=jnp.full(12, self.smile),
         )
         return film(self.identity, states)
+
+    def finish(self):
+        return []
