@@ -94,7 +94,7 @@ class Program:
     def copies(self, smallest: int) -> list[str]:
         """Results of at least `smallest` bytes that only move data: copies, and fusions named for slices, concatenations or transposes."""
         found = []
-        moves = r"%((?:\S*_|wrapped_)?(?:copy|copy-start|transpose|slice|concatenate)(?:_fusion)?[.\d]*) = \(?(\w+)\[([\d,]*)\]"
+        moves = r"%((?!\S*update_slice)(?:\S*_|wrapped_)?(?:copy|copy-start|transpose|slice|concatenate)(?:_fusion)?[.\d]*) = \(?(\w+)\[([\d,]*)\]"
         for match in re.finditer(moves, self.text):
             name, kind, shape = match.groups()
             size = functools.reduce(lambda total, n: total * int(n), filter(None, shape.split(",")), _BYTES.get(kind, 4))

@@ -328,7 +328,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """The command; its exit status is 1 if a row failed."""
     options = parse(arguments)
-    jobs = select(all_jobs(options.smoke, not options.scan_steps), options.only)
+    try:
+        jobs = select(all_jobs(options.smoke, not options.scan_steps), options.only)
+    except ValueError as error:
+        print(f"benchmarks.gpu: {error}", file=sys.stderr)
+        return 2
     if options.worker:
         name, path = options.worker
         (job,) = [job for job in jobs if job.name == name]

@@ -190,6 +190,11 @@ class StreamConfig:
             "stream: clean_pass True needs schedule 'sequential': a rolling buffer is never clean as a whole",
         )
         _require(
+            self.in_flight - self.chunk <= 26,
+            f"stream: {self.in_flight} latent frames in flight (steps {self.steps} x chunk {self.chunk}) are more than {26 + self.chunk}, "
+            "the farthest from the reference that was seen in training; use fewer steps or a smaller chunk",
+        )
+        _require(
             4 <= self.reference_distance <= 30 - (self.in_flight - self.chunk),
             f"stream: reference_distance {self.reference_distance} must lie in 4-{30 - (self.in_flight - self.chunk)}, so that the oldest chunk "
             "in flight, too, sees the reference at a distance of 4-30, as in training",

@@ -47,6 +47,7 @@ WRONG = [
     (StreamConfig, {"precision": "int4"}, "stream: precision 'int4' is not one of float32, bfloat16, float8"),
     (StreamConfig, {"schedule": "rolling", "clean_pass": True}, "stream: clean_pass True needs schedule 'sequential'"),
     (StreamConfig, {"reference_distance": 3}, "stream: reference_distance 3 must lie in 4-30"),
+    (StreamConfig, {"steps": 12, "schedule": "rolling"}, "stream: 36 latent frames in flight (steps 12 x chunk 3) are more than 29"),
     (StreamConfig, {"reference_distance": 22, "schedule": "rolling"}, "stream: reference_distance 22 must lie in 4-21"),
     (StreamConfig, {"reference_distance": 31}, "stream: reference_distance 31 must lie in 4-30"),
 ]
