@@ -150,6 +150,8 @@ def generate_step(
     for frame in range(stream.chunk):
         cache, frames = vae.decode_step(cache, params.statistics.restore(latents[:, frame]))
         pixels.append(jnp.round((jnp.clip(frames, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8))
+        # One after another: XLA would join the products of all frames, which share their weights, and copy every factor and result for it.
+        latents, pixels[-1] = jax.lax.optimization_barrier((latents, pixels[-1]))
     state = dataclasses.replace(state, vae=cache, buffer=buffer, audio=samples, chunk_count=state.chunk_count + 1)
     return state, jnp.concatenate(pixels, axis=1)
 
