@@ -31,7 +31,7 @@ def main() -> None:
             clips.append(frames(out)[: int(SECONDS * 25) : EVERY])
     pictures = [Image.fromarray(np.concatenate(row, axis=1)) for row in zip(*clips, strict=True)]
     pictures[0].save(
-        ROOT / "docs/talk.webp", save_all=True, append_images=pictures[1:], duration=40 * EVERY, loop=0, quality=70, method=4
+        ROOT / "docs/talk.webp", save_all=True, append_images=pictures[1:], duration=40 * EVERY, loop=0, quality=30, method=4
     )
 
 
