@@ -12,6 +12,7 @@ import json
 import jax
 import jax.numpy as jnp
 
+from benchmarks.correctness import relative_error
 from configs import preset
 from pallas_kernels import frame_attention
 from pikastream_jax.dit.block import DiTBlock
@@ -52,12 +53,6 @@ def run_block(params, x, time, text, audio, precision):
 
 
 BLOCK = functional(lambda rngs: DiTBlock(CONFIG.dit, rngs=rngs))
-
-
-def relative_error(out, reference) -> float:
-    """||out - reference|| / ||reference||"""
-    out, reference = out.astype(jnp.float32), reference.astype(jnp.float32)
-    return float(jnp.linalg.norm(out - reference) / jnp.linalg.norm(reference))
 
 
 def main() -> None:

@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.deviceless import Program, available, compile_kernels, compile_program
+from benchmarks.random_models import abstract_params, served_models
 from configs import preset
 from pallas_kernels import chunked_attention, frame_attention, ring_attention
 from pikastream_jax.audio.slices import max_chunk_samples
 from pikastream_jax.config import Config
-from pikastream_jax.flash_vae.latents import LatentStatistics
-from pikastream_jax.streaming.serving_form import serving_models
 from pikastream_jax.streaming.state import StepInputs, StreamState, init_state
 from pikastream_jax.streaming.step import ModelParams, Models, generate_step
 
@@ -35,14 +34,12 @@ STEPS = {
 
 def abstract_step(config: Config, batch: int = 1) -> tuple[Models, ModelParams, StreamState, StepInputs]:
     """Models in serving form, and the shapes of all arguments of `generate_step`."""
-    models = serving_models(Models.of(config))
-    channels = jax.ShapeDtypeStruct((config.dit.latent_channels,), jnp.float32)
-    params = ModelParams(models.denoiser.abstract, models.flash_vae.abstract, LatentStatistics(channels, channels))
+    models = served_models(config)
     inputs = StepInputs(
         jax.ShapeDtypeStruct((batch, max_chunk_samples(config)), jnp.float32),
         jax.ShapeDtypeStruct((batch, config.stream.chunk), jnp.int32),
     )
-    return models, params, jax.eval_shape(lambda: init_state(config, batch)), inputs
+    return models, abstract_params(models), jax.eval_shape(lambda: init_state(config, batch)), inputs
 
 
 def compile_step(config: Config, batch: int = 1) -> Program:
@@ -53,7 +50,7 @@ def compile_step(config: Config, batch: int = 1) -> Program:
 
 def compile_decoder(config: Config, height: int, width: int) -> Program:
     """FlashVAE's decoder alone: one latent frame to uint8 pixels, with the decoder's weights only."""
-    functional = serving_models(Models.of(config)).flash_vae
+    functional = served_models(config).flash_vae
     rows, columns = config.flash_vae.grid(height, width)
 
     def decode(params, cache, latent):

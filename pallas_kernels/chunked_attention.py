@@ -69,9 +69,10 @@ def chunked_attention(
         raise ValueError(f"chunked_attention: {n} tokens are not a multiple of {frames} latent frames")
     if impl == "mosaic":
         # Here, so that whoever does without the kernels does not import a GPU's compiler.
-        from pallas_kernels.chunked_attention_mosaic import check_supported, mosaic_chunked_attention
+        from pallas_kernels._mosaic import check_limits
+        from pallas_kernels.chunked_attention_mosaic import mosaic_chunked_attention
 
-        check_supported(q, k, v, *(fixed or ()))
+        check_limits("chunked_attention", q, k, v, *(fixed or ()))
         return mosaic_chunked_attention(q, k, v, fixed or (), chunk_ids, window=window, copies=copies)
     tokens = n // frames
     visible = frame_visibility(chunk_ids, window=window, copies=copies)

@@ -38,20 +38,7 @@ from pallas_kernels.chunked_attention_ranges import (
     visible_frames,
 )
 
-HEAD_DIMS = (64, 128)
 Fixed = tuple[Float[Array, "b n h d"], Float[Array, "b m g d"], Float[Array, "b m g d"]] | tuple[()]
-
-
-def check_supported(*arrays: Float[Array, "b n h d"]) -> None:
-    """Raises ValueError unless the kernels take these queries, keys and values."""
-    for x in arrays:
-        if x.dtype != jnp.bfloat16:
-            raise ValueError(f"chunked_attention: impl 'mosaic' takes bfloat16, not {x.dtype}; cast the inputs or choose impl 'xla'")
-        if x.shape[-1] not in HEAD_DIMS:
-            raise ValueError(f"chunked_attention: impl 'mosaic' takes heads of 64 or 128, not {x.shape[-1]}; choose impl 'xla'")
-    heads, groups = arrays[0].shape[2], arrays[1].shape[2]
-    if heads % groups:
-        raise ValueError(f"chunked_attention: {heads} query heads are not a multiple of {groups} key heads")
 
 
 @functools.partial(jax.jit, static_argnames=("window", "copies"))

@@ -16,12 +16,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from pallas_kernels._mosaic import LOG2_E
 from pallas_kernels.chunked_attention_mosaic_tiles import (
     COMPILER_PARAMS,
     COMPUTE_REGISTERS,
     FETCH_REGISTERS,
     KEYS,
-    LOG2E,
     ROWS,
     TILE,
     WARPGROUPS,
@@ -84,7 +84,7 @@ def query_gradient(
                     shape = (ROWS, KEYS)
                     plgpu.barrier_wait(loaded.at[slot])
                     logits, d_weights = products((q_smem.at[here], k_smem.at[slot].T), (d_out_smem.at[here], v_smem.at[slot].T), shape=shape)
-                    weights = jnp.exp2(logits * (d**-0.5 * LOG2E) - lax.broadcast_in_dim(tile_lse, shape, [0]))
+                    weights = jnp.exp2(logits * (d**-0.5 * LOG2_E) - lax.broadcast_in_dim(tile_lse, shape, [0]))
                     weights = lax.cond(cut, lambda x: hide(x, rows_smem.at[wg], part, start, hidden=0.0), lambda x: x, weights)
                     d_logits = weights * (d_weights - lax.broadcast_in_dim(tile_delta, shape, [0]))
                     plgpu.wgmma(dq, d_logits.astype(jnp.bfloat16), k_smem.at[slot])
@@ -180,7 +180,7 @@ def key_value_gradients(
                     shape = (ROWS, QUERIES)  # everything transposed: keys are the rows
                     plgpu.barrier_wait(loaded.at[slot])
                     logits, d_weights = products((k_smem.at[here], q_smem.at[slot].T), (v_smem.at[here], d_out_smem.at[slot].T), shape=shape)
-                    weights = jnp.exp2(logits * (d**-0.5 * LOG2E) - lax.broadcast_in_dim(lse_smem[slot], shape, [1]))
+                    weights = jnp.exp2(logits * (d**-0.5 * LOG2_E) - lax.broadcast_in_dim(lse_smem[slot], shape, [1]))
                     weights = lax.cond(cut, lambda x: hide(x, rows_smem.at[wg], part, start, hidden=0.0), lambda x: x, weights)
                     d_logits = weights * (d_weights - lax.broadcast_in_dim(delta_smem[slot], shape, [1]))
                     plgpu.commit_smem()  # lse and delta were read by threads: ordered before TMA writes there again

@@ -7,12 +7,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from pallas_kernels._mosaic import LOG2_E
 from pallas_kernels.chunked_attention_mosaic_tiles import (
     COMPILER_PARAMS,
     COMPUTE_REGISTERS,
     FETCH_REGISTERS,
     KEYS,
-    LOG2E,
     ROWS,
     TILE,
     WARPGROUPS,
@@ -82,7 +82,7 @@ def forward(
                 plgpu.barrier_arrive(k_used.at[slot])
                 logits = lax.cond(cut, lambda x: hide(x, rows_smem.at[wg], part, start, hidden=-jnp.inf), lambda x: x, logits)
                 # Logits in base 2: scale and subtraction are one multiply-add before the exponential.
-                scale = d**-0.5 * LOG2E
+                scale = d**-0.5 * LOG2_E
                 new_largest = jnp.maximum(largest, logits.max(axis=1) * scale)
                 weights = jnp.exp2(logits * scale - lax.broadcast_in_dim(new_largest, logits.shape, [0]))
                 shrink = jnp.exp2(largest - new_largest)

@@ -1,6 +1,5 @@
 """What the three kernels of the training attention share: tiles, walks over ranges, masks, products on the tensor cores."""
 
-import math
 
 import jax.numpy as jnp
 from jax import lax
@@ -8,13 +7,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from pallas_kernels._mosaic import ROWS
 from pallas_kernels.chunked_attention_ranges import ALIGNMENT
 
 WARPGROUPS = 2  # that compute; one more fetches
-ROWS = 64  # of a warpgroup: what one wgmma instruction takes
 TILE = WARPGROUPS * ROWS
 KEYS = 128  # keys in one step
-LOG2E = math.log2(math.e)
 COMPILER_PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True)
 COMPUTE_REGISTERS, FETCH_REGISTERS = 232, 40  # of a thread: 2 x 232 + 40 = 3 x 168, what the launch gives each
 

@@ -160,9 +160,9 @@ def test_lowers_for_cuda_without_anything_of_tokens_by_tokens(sizes):
 def test_unsupported_arrays_are_named():
     x = jnp.zeros((1, 4, 2, 64), jnp.bfloat16)
     attend = functools.partial(chunked_attention, chunk_ids=jnp.zeros((1, 2), jnp.int32), window=1)
-    with pytest.raises(ValueError, match="takes bfloat16, not float32; cast"):
+    with pytest.raises(ValueError, match="takes bfloat16 arrays, not float32; cast"):
         attend(x, x.astype(jnp.float32), x, impl="mosaic")
-    with pytest.raises(ValueError, match="heads of 64 or 128, not 32; choose impl 'xla'"):
+    with pytest.raises(ValueError, match="head dim 64 or 128, not 32; choose impl 'xla'"):
         attend(*[x[..., :32]] * 3, impl="mosaic")
     with pytest.raises(ValueError, match="2 query heads are not a multiple of 3 key heads"):
         three = jnp.zeros((1, 4, 3, 64), jnp.bfloat16)
