@@ -59,7 +59,7 @@ def compile_decoder(config: Config, height: int, width: int) -> Program:
 
     params = {name: functional.abstract[name] for name in ("latent_in", "decoder", "upsampler")}
     vae = functional.bind(functional.abstract)
-    cache = jax.eval_shape(lambda: vae.init_decode_cache(1, rows, columns, jnp.dtype(config.stream.dtype)))
+    cache = jax.eval_shape(lambda: vae.init_decode_cache(1, rows, columns))
     latent = jax.ShapeDtypeStruct((1, rows, columns, config.flash_vae.latent_channels), jnp.float32)
     return compile_program(decode, params, cache, latent, donate_argnums=1)
 

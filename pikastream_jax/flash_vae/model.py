@@ -63,9 +63,9 @@ class FlashVAE(nnx.Module):
         x = self.encoder(tokens.reshape(b, t // stride, rows * columns, -1), rows, columns)
         return self._moments(x, rows, columns)
 
-    def init_encode_cache(self, batch: int, rows: int, columns: int, dtype=jnp.float32) -> KVCache:
+    def init_encode_cache(self, batch: int, rows: int, columns: int) -> KVCache:
         """The encoder's state at the start of a stream of rows x columns latents."""
-        return self.encoder.init_cache(batch, rows * columns, dtype)
+        return self.encoder.init_cache(batch, rows * columns)
 
     def encode_step(
         self, cache: KVCache, frames: Float[Array, "b t h w 3"]
@@ -93,9 +93,9 @@ class FlashVAE(nnx.Module):
         frames = jax.vmap(lambda x: self.upsampler(x, rows, columns), in_axes=1, out_axes=1)(x)
         return frames.reshape(b, -1, *frames.shape[3:])
 
-    def init_decode_cache(self, batch: int, rows: int, columns: int, dtype=jnp.float32) -> KVCache:
+    def init_decode_cache(self, batch: int, rows: int, columns: int) -> KVCache:
         """The decoder's state at the start of a stream of rows x columns latents."""
-        return self.decoder.init_cache(batch, rows * columns, dtype)
+        return self.decoder.init_cache(batch, rows * columns)
 
     def decode_step(self, cache: KVCache, latent: Float[Array, "b r c z"]) -> tuple[KVCache, Float[Array, "b t h w 3"]]:
         """One latent frame -> its video frames; cost and memory are the same at every frame."""

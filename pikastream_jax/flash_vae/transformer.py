@@ -40,8 +40,9 @@ class CausalTransformer(nnx.Module):
         self.window, self.kv_heads, self.head_dim, self.impl = window, kv_heads, dim // heads, impl
         self.blocks = nnx.List([Block(dim, heads, kv_heads, mlp_ratio, rngs=rngs) for _ in range(blocks)])
 
-    def init_cache(self, batch: int, tokens: int, dtype=jnp.float32) -> KVCache:
-        """The start of a stream. `tokens` is tokens per latent frame."""
+    def init_cache(self, batch: int, tokens: int) -> KVCache:
+        """The start of a stream, in the dtype of the weights, as keys and values will be. `tokens` is tokens per latent frame."""
+        dtype = self.blocks[0].attention.qkv.kernel.dtype
         shape = (len(self.blocks), batch, self.window * tokens, self.kv_heads, self.head_dim)
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
 

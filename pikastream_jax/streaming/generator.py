@@ -77,8 +77,7 @@ class Generator:
                 decoder, out = vae.decode_step(caches[1], mean)
                 return (encoder, decoder), out
 
-            dtype = jnp.dtype(config.stream.dtype)
-            caches = vae.init_encode_cache(1, rows, columns, dtype), vae.init_decode_cache(1, rows, columns, dtype)
+            caches = vae.init_encode_cache(1, rows, columns), vae.init_decode_cache(1, rows, columns)
             _, out = jax.lax.scan(one, caches, grouped)
             return jnp.round((jnp.clip(out.reshape(frames.shape), -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
