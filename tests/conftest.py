@@ -13,7 +13,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 # Tests of small models spend their time compiling; little of it goes into optimising programs that run for milliseconds.
 # Packages that draw faces keep the optimiser: they spend their time running.
-_SMALL_PROGRAMS = {"audio", "diffusion", "dit", "flash_vae", "kernels", "nn", "parity", "streaming", "text", "training"}
+_SMALL_PROGRAMS = {"audio", "diffusion", "dit", "flash_vae", "kernels", "nn", "parity", "rewards", "streaming", "text", "training"}
 
 
 @pytest.fixture(scope="module", autouse=True)
