@@ -18,12 +18,12 @@ import numpy as np
 
 from benchmarks import random_models
 from benchmarks.correctness import row_name
-from benchmarks.operations import matrix_operations
 from benchmarks.presets import DECODERS, STREAMS, decoder_config, is_dit_only, stream_config
 from benchmarks.rows import Bench, Job, Measurement, NotOfferedError, NotRunError
 from benchmarks.timing import measure, repeat, summarise
 from pikastream_jax.config import Config
 from pikastream_jax.dit.model import Conditions
+from pikastream_jax.nn.operations import matrix_operations
 from pikastream_jax.streaming.state import init_state
 from pikastream_jax.streaming.step import Models, denoise_chunk, generate_step
 

@@ -8,13 +8,13 @@ update has the size of a typical AdamW update, so one learning rate serves both 
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from pikastream_jax.training.mesh import split_batch
 
@@ -37,6 +37,7 @@ class OptimiserConfig:
       final_fraction: rate at the last update, as a fraction of the peak.
       weight_decay: decoupled, on Muon matrices only.
       clip_norm: the gradient's global norm is clipped to this.
+      betas: AdamW's decay rates of the first and second moments, in Muon's company too; distribution matching wants (0, 0.999).
       muon: False puts every parameter on AdamW (few-step distillation and heads).
     """
 
@@ -46,6 +47,7 @@ class OptimiserConfig:
     final_fraction: float = 0.05
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.99)
     muon: bool = True
 
     def __post_init__(self):
@@ -60,6 +62,8 @@ class OptimiserConfig:
             raise ValueError(f"final_fraction must lie in 0 to 1, got {self.final_fraction}")
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers, each at least 0 and below 1, got {self.betas}")
 
 
 def learning_rate_schedule(config: OptimiserConfig, total_steps: int) -> optax.Schedule:
@@ -86,6 +90,8 @@ def learning_rate_schedule(config: OptimiserConfig, total_steps: int) -> optax.S
 def make_optimiser(params: PyTree[Array], config: OptimiserConfig, total_steps: int) -> optax.GradientTransformation:
     """Global-norm clip, then Muon on the hidden matrices of `params` and AdamW on everything else.
 
+    The state keeps the norms of the last gradient (`GradientNorms`), from before the clip.
+
     Args:
       params: nested dict of arrays (`nnx.to_pure_dict`), read for its structure and shapes only.
       config: rates and limits.
@@ -96,6 +102,7 @@ def make_optimiser(params: PyTree[Array], config: OptimiserConfig, total_steps: 
         weights otherwise would train on AdamW unnoticed).
     """
     rate = learning_rate_schedule(config, total_steps)
+    first, second = config.betas
     if config.muon:
         dimensions = muon_dimensions(params)
         if not any(jax.tree.leaves(dimensions, is_leaf=_is_leaf)):
@@ -108,13 +115,54 @@ def make_optimiser(params: PyTree[Array], config: OptimiserConfig, total_steps: 
                 muon_weight_dimension_numbers=_stack_dimensions,
                 consistent_rms=0.2,
                 weight_decay=config.weight_decay,
-                adam_b2=0.99,
+                adam_b1=first,
+                adam_b2=second,
                 adam_learning_rate=rate,
             )
         )
     else:
-        update = optax.adamw(rate, b2=0.99, weight_decay=config.weight_decay, mask=_matrices)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+        update = optax.adamw(rate, b1=first, b2=second, weight_decay=config.weight_decay, mask=_matrices)
+    return optax.chain(_keep_norms(), optax.clip_by_global_norm(config.clip_norm), update)
+
+
+class GradientNorms(NamedTuple):
+    """The norm of the last gradient in every top-level group of the parameters, as part of an optimiser's state.
+
+    Kept there because a gradient is seen nowhere else: so every stage's log has its norms, and no stage has to pass them on.
+    """
+
+    groups: dict[str, Float[Array, ""]]
+
+
+def _keep_norms() -> optax.GradientTransformation:
+    """Passes the gradient on as it is."""
+
+    def init(params):
+        return GradientNorms({str(name): jnp.zeros(()) for name in params})
+
+    def update(updates, state, params=None):
+        del state, params
+        return updates, GradientNorms({str(name): _norm(group) for name, group in updates.items()})
+
+    return optax.GradientTransformation(init, update)
+
+
+def _norm(tree: PyTree[Array]) -> Float[Array, ""]:
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)))
+
+
+def gradient_norms(state: PyTree[Array]) -> dict[str, Float[Array, ""]]:
+    """{"gradient_norm/GROUP": norm} of the optimiser states anywhere in `state`.
+
+    Where a tree holds several optimisers (a critic's in a `TrainState`'s `extra`), the key over each comes before the group.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda node: isinstance(node, GradientNorms))
+    norms = {}
+    for path, leaf in leaves:
+        if isinstance(leaf, GradientNorms):
+            keys = [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+            norms |= {"/".join(["gradient_norm", *keys, name]): norm for name, norm in leaf.groups.items()}
+    return norms
 
 
 def muon_dimensions(params: PyTree[Array]) -> PyTree:

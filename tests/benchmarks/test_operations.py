@@ -6,26 +6,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.operations import matrix_operations
 from configs import preset
 from pikastream_jax.audio.slices import max_chunk_samples
 from pikastream_jax.dit.model import Conditions, KeysValues
 from pikastream_jax.flash_vae.latents import LatentStatistics
 from pikastream_jax.nn.layers import parameter_count
+from pikastream_jax.nn.operations import matrix_operations
 from pikastream_jax.streaming.state import StepInputs, init_state
 from pikastream_jax.streaming.step import ModelParams, Models, generate_step
-
-
-def test_loops_conditions_and_inner_functions_count():
-    def program(x, w):
-        x, _ = jax.lax.scan(lambda x, _: (jax.jit(jnp.matmul)(x, w), None), x, length=5)
-        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ w @ w, lambda x: x @ w, x)
-
-    assert matrix_operations(program, jnp.ones((3, 4)), jnp.ones((4, 4))) == (5 + 2) * 2 * 3 * 4 * 4
-    batched = functools.partial(jnp.einsum, "bij,bkj->bik")
-    assert matrix_operations(batched, jnp.ones((2, 3, 4)), jnp.ones((2, 5, 4))) == 2 * 2 * 3 * 5 * 4
-    with pytest.raises(ValueError, match="while loop"):
-        matrix_operations(lambda x: jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ x, x), jnp.ones((2, 2)))
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from toy_stage import initial_params, loss_function
 from pikastream_jax.training.optimiser import (
     OptimiserConfig,
     ema_update,
+    gradient_norms,
     learning_rate_schedule,
     make_optimiser,
     muon_dimensions,
@@ -117,7 +118,7 @@ def test_the_clip_bounds_what_one_bad_batch_does():
     clip = jax.jit(optimiser.update)
     _, small = clip(gradients, optimiser.init(params), params)
     _, large = clip(jax.tree.map(lambda g: 1e6 * g, gradients), optimiser.init(params), params)
-    for a, b in zip(jax.tree.leaves(small), jax.tree.leaves(large), strict=True):
+    for a, b in zip(jax.tree.leaves(small[1:]), jax.tree.leaves(large[1:]), strict=True):  # [0] is the norms themselves
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
@@ -129,6 +130,32 @@ def test_weight_decay_touches_matrices_only(muon):
     updates, _ = jax.jit(optimiser.update)(zero, optimiser.init(params), params)
     np.testing.assert_allclose(updates["mlp"]["kernel"], -0.01 * 0.5 * 2.0, rtol=1e-5)
     assert not updates["mlp"]["bias"].any() and not updates["text"]["embedding"].any()
+
+
+def test_betas_are_adams():
+    """Two steps of Adam with (0, 0.999) by hand: the first moment is the gradient itself, the second's bias is corrected."""
+    config = OptimiserConfig(1e-2, warmup_steps=0, clip_norm=1e9, betas=(0.0, 0.999), muon=False, final_fraction=1.0)
+    params = {"head": {"bias": jnp.zeros(3)}}
+    optimiser = make_optimiser(params, config, 100)
+    state = optimiser.init(params)
+    first, second = np.array([1.0, -2.0, 0.5]), np.array([3.0, 0.1, -0.5])
+    _, state = optimiser.update({"head": {"bias": jnp.asarray(first, jnp.float32)}}, state, params)
+    updates, _ = optimiser.update({"head": {"bias": jnp.asarray(second, jnp.float32)}}, state, params)
+    variance = (0.001 * 0.999 * first**2 + 0.001 * second**2) / (1 - 0.999**2)
+    np.testing.assert_allclose(updates["head"]["bias"], -1e-2 * second / np.sqrt(variance), rtol=1e-4)
+
+
+def test_gradient_norms_are_those_before_the_clip_by_group():
+    params = initial_params()
+    optimiser = make_optimiser(params, OptimiserConfig(1e-2, clip_norm=1e-3), 1000)
+    gradients = jax.tree.map(lambda p: jnp.full_like(p, 2.0), params)
+    _, state = optimiser.update(gradients, optimiser.init(params), params)
+    blocks, head = 2 * np.sqrt(8 * 16 + 16 + 16 * 8), 2 * np.sqrt(8 * 4)
+    found = gradient_norms({"mine": 0.0, "opt": (state,)})
+    assert found.keys() == {"gradient_norm/opt/blocks", "gradient_norm/opt/head"}
+    np.testing.assert_allclose([found["gradient_norm/opt/blocks"], found["gradient_norm/opt/head"]], [blocks, head], rtol=1e-6)
+    assert gradient_norms(state).keys() == {"gradient_norm/blocks", "gradient_norm/head"}
+    assert gradient_norms({"params": params}) == {}
 
 
 def test_cosine_schedule():
@@ -164,6 +191,8 @@ def test_ema_follows_its_recurrence():
         ({"decay": "step"}, "decay must be 'cosine' or 'linear', got 'step'"),
         ({"final_fraction": 1.5}, "final_fraction must lie in 0 to 1, got 1.5"),
         ({"weight_decay": -0.1}, "weight_decay must be 0 or more, got -0.1"),
+        ({"betas": (0.9, 1.0)}, r"betas must be two numbers, each at least 0 and below 1, got \(0.9, 1.0\)"),
+        ({"betas": (0.9,)}, "betas must be two numbers"),
     ],
 )
 def test_bad_configuration_is_refused(changes, message):
