@@ -30,7 +30,7 @@ from pikastream_jax.training.dit_data import (
     without_reference,
     without_text,
 )
-from pikastream_jax.training.dit_pretrain import bidirectional_velocity
+from pikastream_jax.training.sampling import bidirectional_velocity
 from pikastream_jax.weights.safetensors_io import restore_into
 
 TIMESTEPS = (1.0, 0.85, 0.65, 0.4)

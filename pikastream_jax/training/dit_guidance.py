@@ -34,13 +34,11 @@ from pikastream_jax.training.dit_data import (
     load_data,
     text_kept,
     weighted_velocity_loss,
-    without_audio,
-    without_reference,
-    without_text,
 )
 from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
+from pikastream_jax.training.sampling import Guidance, guided
 from pikastream_jax.weights.safetensors_io import restore_into
 
 
@@ -61,11 +59,8 @@ def guided_velocity(
     config: Config, model: Functional, params: Params, batch: DiTBatch, copies: TwoCopies, scales: GuidanceConfig
 ) -> Float[Array, "b f r c z"]:
     """The velocity with every condition, and (scale - 1) times what text, sound and reference each change in it."""
-    told = causal_velocity(config, model, params, batch, copies)
-    velocity = told
-    for scale, drop in ((scales.text, without_text), (scales.audio, without_audio), (scales.reference, without_reference)):
-        velocity = velocity + (scale - 1.0) * (told - causal_velocity(config, model, params, drop(batch), copies))
-    return velocity
+    asked = Guidance(scales.text, scales.audio, scales.reference)
+    return guided(lambda told: causal_velocity(config, model, params, told, copies), batch, asked)
 
 
 def build(config: Config, seed: int, init: dict[str, Path], updates: int = 200, learning_rate: float | None = None) -> Stage:

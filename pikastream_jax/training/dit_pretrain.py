@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from pikastream_jax.config import Config
 from pikastream_jax.diffusion.flow import interpolate, logit_normal_timesteps, solver_timesteps
 from pikastream_jax.dit import Denoiser
-from pikastream_jax.nn.layers import Functional, Params, functional, initial_params
+from pikastream_jax.nn.layers import Params, functional, initial_params
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.dit_data import (
     CROP,
@@ -28,6 +28,7 @@ from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.training.previews import save_preview
+from pikastream_jax.training.sampling import bidirectional_velocity, sample_teacher
 from pikastream_jax.weights.safetensors_io import restore_into
 
 
@@ -42,46 +43,6 @@ class PretrainConfig:
     pure_noise: float = 0.25  # share of rows at t = 1, where the conditions alone tell what to draw and logit-normal timesteps hardly come
     ema: float = 0.99
     optimiser: OptimiserConfig = OptimiserConfig(learning_rate=3e-3, warmup_steps=50, decay="linear")
-
-
-def bidirectional_velocity(
-    model: Functional,
-    params: Params,
-    batch: DiTBatch,
-    x: Float[Array, "b f r c z"],
-    t: Float[Array, "b f"],
-    distance: Float[Array, "b"],
-) -> Float[Array, "b f r c z"]:
-    """The teacher's velocity: every latent frame sees every other."""
-    denoiser = model.bind(params)
-    text, valid = denoiser.text_conditions(batch.tokens[:, None], batch.valid[:, None])
-    b, f = t.shape
-    return denoiser.dit.forward_sequence(
-        x,
-        t,
-        denoiser.conditions(text, valid, batch.mel, batch.motion, batch.keep_audio),
-        denoiser.dit.reference_keys_values(batch.reference),
-        chunk_ids=jnp.zeros((b, f), jnp.int32),
-        window=f,
-        reference_distance=distance,
-    )
-
-
-def sample_bidirectional(
-    model: Functional, params: Params, batch: DiTBatch, key: Array, steps: int, shift: float, distance: float
-) -> Float[Array, "b f r c z"]:
-    """Euler from noise to clean latents."""
-    times = solver_timesteps(steps, shift)
-
-    def euler(x, pair):
-        t, t_next = pair
-        velocity = bidirectional_velocity(
-            model, params, batch, x, jnp.full(x.shape[:2], t), jnp.full(x.shape[:1], distance)
-        )
-        return x + (t_next - t) * velocity, None
-
-    start = jax.random.normal(key, batch.latents.shape)
-    return jax.lax.scan(euler, start, (times[:-1], times[1:]))[0]
 
 
 def build(config: Config, seed: int, init: dict[str, Path], updates: int = 3_000, learning_rate: float | None = None) -> Stage:
@@ -144,8 +105,9 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 3_000
     @jax.jit
     def sample_clip(params, data):
         batch = draw_batch(config, data, "held_out", jax.random.key(0), 4, settings.latent_frames, train=False)
-        distance = float(config.stream.reference_distance)
-        return batch.latents, sample_bidirectional(model, params, batch, jax.random.key(2), 12, settings.shift, distance)
+        start = jax.random.normal(jax.random.key(2), batch.latents.shape)
+        distance = jnp.full(4, float(config.stream.reference_distance))
+        return batch.latents, sample_teacher(model, params, batch, start, solver_timesteps(12, settings.shift), distance)[0]
 
     def sample(state: TrainState, path: Path) -> None:
         truth, generated = sample_clip(state.ema, data())
