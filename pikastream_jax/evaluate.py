@@ -105,7 +105,7 @@ def evaluate(face: TalkingFace, arguments: Arguments) -> tuple[dict[str, Any], l
     plan = QUICK if arguments.quick else FULL
     people = arguments.identities or tuple(subjects.HELD_OUT_IDENTITIES + i for i in range(plan.people))
     speech = [subjects.read_speech(path) for path in arguments.audio]
-    videos = {path.name: autoencoder.read_video(path) for path in arguments.video}
+    videos = {path.name: autoencoder.read_video(path, face.height) for path in arguments.video}
     estimator = Estimator()
     seconds: dict[str, float] = {}
 
@@ -115,7 +115,7 @@ def evaluate(face: TalkingFace, arguments: Arguments) -> tuple[dict[str, Any], l
         seconds[name] = round(time.perf_counter() - begin, 1)
         return result
 
-    errors, metric = timed("estimator", lambda: calibrate(estimator, plan.calibration_people))
+    errors, metric = timed("estimator", lambda: calibrate(estimator, plan.calibration_people, face.height))
     result: dict[str, Any] = {"estimator": errors}
     result["flash_vae"] = timed("flash_vae", lambda: _flash_vae(face, plan, speech))
     result["flash_vae"] |= {
@@ -126,7 +126,7 @@ def evaluate(face: TalkingFace, arguments: Arguments) -> tuple[dict[str, Any], l
         samples = samples_of(face, chunks)
         made = []
         for index, seed in enumerate(tqdm(seeds, desc=label, unit="clip", leave=False, file=sys.stderr)):
-            scene = make_scene(seed, prompt, speech, index, samples)
+            scene = make_scene(seed, prompt, speech, index, samples, face.height)
             made.append(make_clip(scene, filmer, estimator))
         return made
 
@@ -177,7 +177,7 @@ def _flash_vae(face: TalkingFace, plan: Plan, speech: list[np.ndarray]) -> dict[
         audio = subjects.excerpt(speech, index, plan.vae_frames * subjects.SAMPLE_RATE // subjects.FPS)
         track = subjects.true_curves(subjects.person(seed), audio).track
         motions.append((subjects.person(seed), subjects.true_motion(seed, prompts[index % len(prompts)], track)))
-    return {"held_out_faces": autoencoder.face_fidelity(face.reconstruct, subjects.film, motions)}
+    return {"held_out_faces": autoencoder.face_fidelity(face.reconstruct, subjects.film, motions, face.height)}
 
 
 def _clip_figures(

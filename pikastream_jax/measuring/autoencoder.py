@@ -1,5 +1,6 @@
 """How well FlashVAE reproduces video: held-out rendered faces, and any real video file."""
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,19 +17,20 @@ _SSIM_MARGIN = 5  # pixels that the 11x11 window takes from each side
 
 def face_fidelity(
     reconstruct: Callable[[Video], Video],
-    film: Callable[[Identity, FaceState], Video],
+    film: Callable[[Identity, FaceState, int], Video],
     subjects: Sequence[tuple[Identity, FaceState]],
+    size: int,
 ) -> dict[str, float]:
     """PSNR (dB, of the error pooled over clips) and SSIM, over the whole picture and over the mouth's box.
 
     Args:
       reconstruct: video -> video, encoded and decoded.
-      film: draws a clip.
+      film: draws a clip of `size` pixels each way.
       subjects: people and their motion, leaves ``[t]``, t a multiple of the temporal stride.
     """
     whole, inside, similar, similar_inside, worst = [], [], [], [], 99.0
     for identity, states in subjects:
-        video = film(identity, states)
+        video = film(identity, states, size)
         output = reconstruct(video)
         error = squared_error(video, output).mean(axis=-1)
         similarity = np.pad(ssim_map(luma(video), luma(output)), ((0, 0), *2 * ((_SSIM_MARGIN, _SSIM_MARGIN),)))
@@ -57,7 +59,7 @@ def video_fidelity(reconstruct: Callable[[Video], Video], video: Video) -> dict[
     return {"psnr": psnr_of_error(error), "ssim": ssim(video, output), "frames": len(video)}
 
 
-def read_video(path: Path, size: int = 256, frames: int = 48) -> Video:
+def read_video(path: Path, size: int, frames: int = 48) -> Video:
     """The first frames of a video file, its middle square brought to `size` x `size`.
 
     Raises:
@@ -88,12 +90,12 @@ def read_video(path: Path, size: int = 256, frames: int = 48) -> Video:
 
 
 def _mouth_mask(identity: Identity, states: FaceState, size: int) -> Float[np.ndarray, "t h w"]:
-    boxes = np.asarray(_boxes(identity, states))
+    boxes = np.asarray(_boxes(identity, states, size))
     at = np.arange(size)
     y0, x0, y1, x1 = (boxes[:, i, None] for i in range(4))
     return ((at >= y0) & (at < y1))[:, :, None] & ((at >= x0) & (at < x1))[:, None, :]
 
 
-@jax.jit
-def _boxes(identity, states):
-    return jax.vmap(lambda state: mouth_box(identity, state))(states)
+@functools.partial(jax.jit, static_argnums=2)
+def _boxes(identity, states, size):
+    return jax.vmap(lambda state: mouth_box(identity, state, size))(states)

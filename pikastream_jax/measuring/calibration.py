@@ -38,8 +38,11 @@ class IdentityMetric:
         return np.sqrt(np.mean(((a - b) @ self.whitening) ** 2, axis=-1))
 
 
-def calibrate(estimator: Estimator, people: int = 64) -> tuple[dict[str, dict[str, float]], IdentityMetric]:
+def calibrate(estimator: Estimator, people: int = 64, size: int = 256) -> tuple[dict[str, dict[str, float]], IdentityMetric]:
     """Errors on `people` held-out people in 6 random states each, and the identity metric they give.
+
+    Args:
+      size: pixels each way of the pictures, as the generator makes them.
 
     Returns:
       Figures: for each quantity the mean absolute error and the correlation with the truth; for `closed_lips` the share
@@ -55,7 +58,7 @@ def calibrate(estimator: Estimator, people: int = 64) -> tuple[dict[str, dict[st
     readings, truths = [], []
     for row in range(people):
         identity, states = _subject(SEED + row)
-        reading = estimator(film(identity, states))
+        reading = estimator(film(identity, states, size))
         readings.append(reading)
         opening, width = jnp.clip(states.mouth_open, 0, 1), true_mouth(identity, states)[1]
         seen = {name: getattr(states, name) for name in _SEEN[2:]} | {"opening": opening, "width": width}
@@ -66,7 +69,7 @@ def calibrate(estimator: Estimator, people: int = 64) -> tuple[dict[str, dict[st
     figures["closed_lips"] = {"right_side": float(np.mean((opening < 0.10) == (read < 0.10), where=clear))}
     half = people // 2
     metric = identity_metric([reading.identity for reading in readings[:half]])
-    figures["identity"] = _identity_figures(estimator, metric, range(SEED + half, SEED + people), readings[half:])
+    figures["identity"] = _identity_figures(estimator, metric, range(SEED + half, SEED + people), readings[half:], size)
     return figures, metric
 
 
@@ -82,7 +85,7 @@ def identity_metric(readings: list[Float[np.ndarray, "states 32"]]) -> IdentityM
 
 
 def _identity_figures(
-    estimator: Estimator, metric: IdentityMetric, seeds: range, readings: list[Reading]
+    estimator: Estimator, metric: IdentityMetric, seeds: range, readings: list[Reading], size: int
 ) -> dict[str, float]:
     """One picture of a person against another of the same person, and against distractors in that other picture's state."""
     same, other, wins = [], [], []
@@ -90,7 +93,7 @@ def _identity_figures(
         identity, states = _subject(seed)
         last = jax.tree.map(lambda leaf: leaf[-1:], states)
         keys = jax.random.split(jax.random.key(seed + 1_000_000), 5)
-        distractors = [estimator(film(_other(key, identity), last)).identity for key in keys]
+        distractors = [estimator(film(_other(key, identity), last, size)).identity for key in keys]
         near = metric.distance(reading.identity[0], reading.identity[-1])
         far = metric.distance(reading.identity[0], np.concatenate(distractors))
         same.append(near)

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from pikastream_jax.data.speech import SAMPLE_RATE
 from pikastream_jax.measuring.calibration import IdentityMetric
 from pikastream_jax.measuring.estimator import Estimator
 from pikastream_jax.measuring.images import lab
-from pikastream_jax.measuring.streams import EDGE, TalkingFace
+from pikastream_jax.measuring.streams import TalkingFace, corners
 from pikastream_jax.measuring.subjects import FPS, NEUTRAL, draw, film, person, portrait_state, true_curves, true_motion
 
-_SKIN = (slice(112, 150), slice(100, 156))  # rows and columns: nose and cheeks of a face near the middle
+_SKIN = (0.4375, 0.5859), (0.3906, 0.6094)  # rows and columns, of the picture's sides: nose and cheeks of a face near the middle
 _STATM = Path("/proc/self/statm")
 
 
@@ -68,7 +68,7 @@ def drift(
             f"minutes of drift {minutes} must be at least 1: the first minute is what the others are compared with"
         )
     identity = person(seed)
-    image = draw(identity, portrait_state(seed))
+    image = draw(identity, portrait_state(seed), face.height)
     home = estimator(image[None]).identity[0]
     loop = _loop(speech)
     session = face.session(image, NEUTRAL, seed)
@@ -82,7 +82,7 @@ def drift(
         frames = np.asarray(session.step(piece))  # waits for the device
         times.append(time.perf_counter() - started)
         if len(frames):  # a rolling stream gives its first ones late
-            colours.append(_colours(frames[len(frames) // 2]))
+            colours.append(colours_of(frames[len(frames) // 2]))
             if index % 4 == 0:
                 sampled.append(frames[len(frames) // 2])
         at, index = at + count, index + 1
@@ -118,14 +118,14 @@ def drawn_drift(
       `identity_change` and `identity_first_minute`, as in `drift`.
     """
     identity = person(seed)
-    home = estimator(draw(identity, portrait_state(seed))[None]).identity[0]
+    home = estimator(draw(identity, portrait_state(seed), face.height)[None]).identity[0]
     loop = _loop(speech)
     motion = true_motion(seed, NEUTRAL, true_curves(identity, loop[np.arange(minutes * 60 * SAMPLE_RATE) % len(loop)]).track)
     every, shown = 4 * face.chunk_samples(0) * FPS // SAMPLE_RATE, 8  # video frames: between two that are read, and drawn for each
     done = []
     for minute in range(minutes):
         starts = range(minute * 60 * FPS, (minute + 1) * 60 * FPS - shown, every)
-        clips = [film(identity, jax.tree.map(lambda leaf, at=at: leaf[at : at + shown], motion)) for at in starts]
+        clips = [film(identity, jax.tree.map(lambda leaf, at=at: leaf[at : at + shown], motion), face.height) for at in starts]
         done.append(_identity(np.stack([face.reconstruct(clip)[-1] for clip in clips]), estimator, metric, home))
     return {"identity_change": _largest([distance - done[0][0] for distance, _ in done]), "identity_first_minute": done[0][1]}
 
@@ -135,9 +135,11 @@ def _loop(speech: Float[np.ndarray, " n"]) -> Float[np.ndarray, " m"]:
     return np.concatenate([speech, np.zeros(SAMPLE_RATE, np.float32)])
 
 
-def _colours(frame: np.ndarray) -> np.ndarray:
-    corners = np.concatenate([frame[:EDGE, :EDGE], frame[:EDGE, -EDGE:]], axis=1)
-    return np.stack([lab(corners.mean(axis=(0, 1))), lab(frame[_SKIN].mean(axis=(0, 1)))])
+def colours_of(frames: UInt8[np.ndarray, "*t h w 3"]) -> Float[np.ndarray, "*t 2 3"]:
+    """Mean CIE Lab colour of the upper corners, where only the background is, and of nose and cheeks."""
+    (top, bottom), (left, right) = ([round(share * side) for share in span] for span, side in zip(_SKIN, frames.shape[-3:-1], strict=True))
+    skin = frames[..., top:bottom, left:right, :]
+    return np.stack([lab(part.mean(axis=(-3, -2))) for part in (corners(frames), skin)], axis=-2)
 
 
 def _minute(colours, times, sampled, estimator: Estimator, metric: IdentityMetric, home) -> Minute:

@@ -27,7 +27,7 @@ def identity_wins(clips: Sequence[Clip], estimator: Estimator, metric: IdentityM
     for clip in clips:
         state = portrait_state(clip.scene.seed)
         keys = jax.random.split(jax.random.key(clip.scene.seed + 1), DISTRACTORS)
-        distractors = np.stack([draw(_distractor(key, clip.scene.identity), state) for key in keys])
+        distractors = np.stack([draw(_distractor(key, clip.scene.identity), state, clip.scene.reference.shape[0]) for key in keys])
         known = estimator(np.concatenate([clip.scene.reference[None], distractors])).identity
         distance = metric.distance(clip.reading.identity.mean(axis=0), known)
         wins.append(bool(distance[0] < distance[1:].min()))

@@ -44,7 +44,7 @@ def listening(
     for index, seed in enumerate(people):
         identity = person(seed)
         audio = np.concatenate([np.zeros(quiet, np.float32), excerpt(speech, index, total - quiet)])
-        scene = Scene(seed, NEUTRAL, identity, draw(identity, portrait_state(seed)), audio, true_curves(identity, audio))
+        scene = Scene(seed, NEUTRAL, identity, draw(identity, portrait_state(seed), face.height), audio, true_curves(identity, audio))
         one, other = (estimator(generated(face)(dataclasses.replace(scene, seed=seed + step))) for step in (0, 1))
         made += [_in_silence(one, silent), _in_silence(other, silent)]
         drawn.append(_in_silence(estimator(true(face)(scene)), silent))

@@ -22,7 +22,7 @@ from pikastream_jax.measuring.subjects import (
 )
 
 KEPT = 8  # frames of every clip that are kept for the contact sheet
-EDGE = 32  # pixels: side of the boxes in the upper corners, where the background never moves
+CORNER = 1 / 8  # of the picture's width: side of the boxes in the upper corners, where the background never moves
 
 
 class StreamSession(Protocol):
@@ -35,6 +35,8 @@ class StreamSession(Protocol):
 
 class TalkingFace(Protocol):
     """What is measured; `pikastream_jax.streaming.generator.Generator` is one."""
+
+    height: int  # pixels of the square pictures that it takes and makes
 
     def session(self, image: UInt8[np.ndarray, "h w 3"], prompt: str, seed: int) -> StreamSession: ...
 
@@ -50,12 +52,12 @@ class Scene:
     seed: int  # of the person, the portrait and the motion
     prompt: str
     identity: Identity
-    reference: UInt8[np.ndarray, "256 256 3"]
+    reference: UInt8[np.ndarray, "s s 3"]
     audio: Float[np.ndarray, " n"]
     truth: TrueCurves
 
 
-Filmer = Callable[[Scene], UInt8[np.ndarray, "t 256 256 3"]]
+Filmer = Callable[[Scene], UInt8[np.ndarray, "t s s 3"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Clip:
 
     scene: Scene
     reading: Reading
-    frames: UInt8[np.ndarray, "8 256 256 3"]  # evenly spread
+    frames: UInt8[np.ndarray, "8 s s 3"]  # evenly spread
     background_change: float  # see `background_change`
 
 
@@ -73,17 +75,17 @@ def samples_of(face: TalkingFace, chunks: int) -> int:
     return sum(face.chunk_samples(i) for i in range(chunks))
 
 
-def make_scene(seed: int, prompt: str, speech: list[Float[np.ndarray, " n"]], index: int, samples: int) -> Scene:
-    """The person of `seed` with excerpt `index` of the speech."""
+def make_scene(seed: int, prompt: str, speech: list[Float[np.ndarray, " n"]], index: int, samples: int, size: int = 256) -> Scene:
+    """The person of `seed`, `size` pixels each way, with excerpt `index` of the speech."""
     identity = person(seed)
     audio = excerpt(speech, index, samples)
-    return Scene(seed, prompt, identity, draw(identity, portrait_state(seed)), audio, true_curves(identity, audio))
+    return Scene(seed, prompt, identity, draw(identity, portrait_state(seed), size), audio, true_curves(identity, audio))
 
 
 def generated(face: TalkingFace) -> Filmer:
     """Clips by the generator."""
 
-    def make(scene: Scene) -> UInt8[np.ndarray, "t 256 256 3"]:
+    def make(scene: Scene) -> UInt8[np.ndarray, "t s s 3"]:
         session = face.session(scene.reference, scene.prompt, scene.seed)
         chunks, at = [], 0
         while at < len(scene.audio):
@@ -98,8 +100,9 @@ def generated(face: TalkingFace) -> Filmer:
 def true(face: TalkingFace) -> Filmer:
     """Drawn clips passed through FlashVAE: the best that a generator of its latents could do."""
 
-    def make(scene: Scene) -> UInt8[np.ndarray, "t 256 256 3"]:
-        return face.reconstruct(film(scene.identity, true_motion(scene.seed, scene.prompt, scene.truth.track)))
+    def make(scene: Scene) -> UInt8[np.ndarray, "t s s 3"]:
+        motion = true_motion(scene.seed, scene.prompt, scene.truth.track)
+        return face.reconstruct(film(scene.identity, motion, face.height))
 
     return make
 
@@ -121,5 +124,15 @@ def make_clip(scene: Scene, filmer: Filmer, estimator: Estimator) -> Clip:
 
 def background_change(frames: UInt8[np.ndarray, "t h w 3"]) -> float:
     """Flicker: mean absolute difference of successive frames where a still camera sees nothing move, in 8-bit levels."""
-    corners = np.concatenate([frames[:, :EDGE, :EDGE], frames[:, :EDGE, -EDGE:]], axis=2).astype(np.int16)
-    return float(np.abs(np.diff(corners, axis=0)).mean())
+    return change(corners(frames))
+
+
+def change(frames: UInt8[np.ndarray, "t h w 3"]) -> float:
+    """Mean absolute difference of successive frames, in 8-bit levels."""
+    return float(np.abs(np.diff(frames.astype(np.int16), axis=0)).mean())
+
+
+def corners(frames: UInt8[np.ndarray, "*t h w 3"]) -> UInt8[np.ndarray, "*t e f 3"]:
+    """The boxes in the two upper corners, side by side."""
+    edge = round(CORNER * frames.shape[-2])
+    return np.concatenate([frames[..., :edge, :edge, :], frames[..., :edge, -edge:, :]], axis=-2)

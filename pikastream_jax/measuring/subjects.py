@@ -1,6 +1,7 @@
 """Whom and what is measured: held-out people, their portraits, prompts, speech, and the truth that goes with it."""
 
 import dataclasses
+import functools
 from math import gcd
 from pathlib import Path
 
@@ -43,14 +44,14 @@ def portrait_state(seed: int) -> FaceState:
     return dataclasses.replace(neutral_state(), smile=jnp.float32(rng.uniform(0.0, 0.4)), **drawn)
 
 
-def draw(identity: Identity, state: FaceState) -> UInt8[np.ndarray, "256 256 3"]:
-    """One picture, 8 bits."""
-    return np.asarray(_draw(identity, state))
+def draw(identity: Identity, state: FaceState, size: int = 256) -> UInt8[np.ndarray, "s s 3"]:
+    """One picture of `size` pixels each way, 8 bits."""
+    return np.asarray(_draw(identity, state, size))
 
 
-def film(identity: Identity, states: FaceState) -> UInt8[np.ndarray, "t 256 256 3"]:
+def film(identity: Identity, states: FaceState, size: int = 256) -> UInt8[np.ndarray, "t s s 3"]:
     """A clip of states with leaves ``[t]``, 8 bits."""
-    return np.asarray(_film(identity, states))
+    return np.asarray(_film(identity, states, size))
 
 
 def read_speech(path: Path) -> Float[np.ndarray, " n"]:
@@ -130,12 +131,12 @@ def _bytes(picture):
     return jnp.round((picture + 1.0) * 127.5).astype(jnp.uint8)
 
 
-@jax.jit
-def _draw(identity, state):
-    return _bytes(render(identity, state))
+@functools.partial(jax.jit, static_argnums=2)
+def _draw(identity, state, size):
+    return _bytes(render(identity, state, size=size))
 
 
-@jax.jit
-def _film(identity, states):
+@functools.partial(jax.jit, static_argnums=2)
+def _film(identity, states, size):
     # A loop, not a batch: the renderer is several times faster in one.
-    return jax.lax.map(lambda state: _bytes(render(identity, state)), states)
+    return jax.lax.map(lambda state: _bytes(render(identity, state, size=size)), states)

@@ -16,6 +16,8 @@ SEED = 3
 class StillFace:
     """Shows the picture of a seed, darker by `step` levels from chunk 125 on."""
 
+    height = 256
+
     def __init__(self, step=0, later_seed=SEED):
         self.step_by, self.later_seed = step, later_seed
 

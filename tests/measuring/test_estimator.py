@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from pikastream_jax.data.face import neutral_state
 from pikastream_jax.measuring.estimator import Estimator, FaceEstimator, join
@@ -50,13 +51,23 @@ def test_reading_does_not_depend_on_the_other_pictures_of_the_call(estimator):
     assert estimator(many).opening[24:] == pytest.approx(estimator(frames).opening, abs=1e-4)
 
 
+@pytest.mark.parametrize("size", [64, 512])
+def test_another_size_is_brought_to_what_is_read(estimator, size):
+    """Against Pillow's resizing of the same picture, on the 256 levels of its own."""
+    picture = film(person(1), dataclasses.replace(neutral_state(1), mouth_open=jnp.asarray([0.6])), size)
+    there = np.asarray(Image.fromarray(picture[0]).resize((256, 256), Image.Resampling.LANCZOS))
+    assert estimator(picture).opening == pytest.approx(estimator(there[None]).opening, abs=0.03)
+
+
 def test_is_small():
     assert parameter_count(functional(lambda rngs: FaceEstimator(rngs=rngs)).abstract) <= 500_000
 
 
 def test_wrong_pictures_are_refused(estimator):
-    with pytest.raises(ValueError, match="resize"):
-        estimator(np.zeros((1, 128, 128, 3), np.uint8))
+    with pytest.raises(ValueError, match="crop"):
+        estimator(np.zeros((1, 256, 128, 3), np.uint8))
+    with pytest.raises(ValueError, match="at least 64"):
+        estimator(np.zeros((1, 48, 48, 3), np.uint8))
     with pytest.raises(ValueError, match="float32"):
         estimator(np.zeros((1, 256, 256, 3), np.float32))
 

@@ -48,6 +48,14 @@ def test_late_lips_are_found_late(estimator, speech):
     assert report["closures"]["f1"] < 0.8
 
 
+def test_smaller_pictures_are_measured_too(estimator, speech):
+    scene = make_scene(9_000_002, NEUTRAL, speech, 0, 6 * CHUNK, 128)
+    clip = make_clip(scene, generated(TruthFace(height=128)), estimator)
+    assert clip.frames.shape[1:] == scene.reference.shape == (128, 128, 3) and clip.background_change == 0.0
+    report = compare([scene.truth.opening], [clip.reading.opening], [scene.truth.width], [clip.reading.width])
+    assert report["opening"]["r"] > 0.95 and report["opening"]["lag_frames"] == 0 and report["width"]["r"] > 0.9
+
+
 def test_a_generator_that_loses_frames_is_caught(estimator, speech):
     scene = make_scene(9_000_002, NEUTRAL, speech, 0, 4 * CHUNK)
     with pytest.raises(ValueError, match="out of step"):

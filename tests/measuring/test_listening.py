@@ -16,6 +16,8 @@ SEED = 9_000_001
 class Listener:
     """Blinks at the 10th and 40th frame, or with an odd seed at the 25th and looks past the viewer; turns and nods by the seed; lips of a sine for all."""
 
+    height = 256
+
     def session(self, image, prompt, seed):
         self.frame, self.odd = 0, seed % 2
         return self

@@ -15,8 +15,8 @@ CHUNK = 7680  # samples of 12 frames
 class TruthFace:
     """Draws the person of the session's seed with the lips of the sound; smiles when told to."""
 
-    def __init__(self, delay: int = 0, person_offset: int = 0):
-        self.delay, self.person_offset = delay, person_offset
+    def __init__(self, delay: int = 0, person_offset: int = 0, height: int = 256):
+        self.delay, self.person_offset, self.height = delay, person_offset, height
 
     def session(self, image, prompt, seed):
         return _Session(self, person(seed + self.person_offset), 0.8 if "smil" in prompt else 0.0)
@@ -43,7 +43,7 @@ class _Session:
             mouth_width=jnp.asarray(track.mouth_width[at]),
             smile=jnp.full(12, self.smile),
         )
-        return film(self.identity, states)
+        return film(self.identity, states, self.face.height)
 
     def finish(self):
         return []
