@@ -1,13 +1,16 @@
 """Presets by name."""
 
 import dataclasses
+from typing import Any
 
 from configs.base_1_3b import base_1_3b
+from configs.nano import SETTINGS as NANO_SETTINGS
+from configs.nano import nano
 from configs.pikastream_9b import pikastream_9b
 from configs.tiny import tiny
 from pikastream_jax.config import Config
 
-PRESETS = {"base_1_3b": base_1_3b, "pikastream_9b": pikastream_9b, "tiny": tiny}
+PRESETS = {"base_1_3b": base_1_3b, "nano": nano, "pikastream_9b": pikastream_9b, "tiny": tiny}
 
 
 def preset(name: str, **stream) -> Config:
@@ -23,3 +26,8 @@ def preset(name: str, **stream) -> Config:
         raise ValueError(f"no preset is called {name!r}; choose one of {', '.join(sorted(PRESETS))}")
     config = PRESETS[name]()
     return dataclasses.replace(config, stream=dataclasses.replace(config.stream, **stream))
+
+
+def stage_settings(name: str) -> dict[str, dict[str, Any]]:
+    """For each stage of the training what a preset wants different from the stage's own settings, which are those of `tiny`."""
+    return {"nano": NANO_SETTINGS}.get(name, {})

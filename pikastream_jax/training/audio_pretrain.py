@@ -26,17 +26,18 @@ from pikastream_jax.training.clips import SPEECH
 from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
+from pikastream_jax.training.settings import Optimiser, StageSettings
 
 HELD_OUT = 2_000  # slices
 
 
-@dataclasses.dataclass(frozen=True)
-class AudioPretrainConfig:
-    """Settings of the stage."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(StageSettings):
+    """Settings of the stage; a row of a batch is a slice of sound."""
 
-    batch: int = 128  # slices
-    ema: float = 0.99
-    optimiser: OptimiserConfig = OptimiserConfig(learning_rate=4e-3, warmup_steps=50, decay="linear")
+    updates: int = 1_500
+    batch: int = 128
+    optimiser: Optimiser = OptimiserConfig(learning_rate=4e-3, warmup_steps=50, decay="linear")
 
 
 class LipReadout(nnx.Module):
@@ -51,15 +52,13 @@ class LipReadout(nnx.Module):
         return self.head(self.audio(mel).mean(axis=-2)).reshape(-1, VIDEO_FRAMES, len(TRACKS))
 
 
-def build(config: Config, seed: int, init: dict[str, Path], updates: int = 1_500) -> Stage:
+def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) -> Stage:
     """The stage `audio_pretrain`; it starts from nothing."""
-    settings = AudioPretrainConfig()
-
     def build_model(rngs):
         return LipReadout(config, rngs=rngs)
 
     model = functional(build_model)
-    optimiser = make_optimiser(model.abstract, settings.optimiser, updates)
+    optimiser = make_optimiser(model.abstract, settings.optimiser, settings.updates)
     corpus = functools.cache(lambda: load_corpus(SPEECH))
 
     def initial_state() -> TrainState:
@@ -74,7 +73,7 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 1_500
         mel, speech = window(data["mel"], data["tracks"], start, 1, config.audio.mel_frames)
         return mel, jnp.stack([getattr(speech, name) for name in TRACKS], axis=-1)
 
-    def update(state: TrainState, key: Array, data: dict) -> tuple[TrainState, dict]:
+    def update(state: TrainState, key: Array, data: dict, batch: dict) -> tuple[TrainState, dict]:
         k_start, k_augment = jax.random.split(key)
         start = jax.random.choice(k_start, data["starts"], (settings.batch,))
         mel, truth = jax.vmap(lambda s: cut(data, s))(start)
@@ -103,12 +102,12 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 1_500
 
     return Stage(
         name="audio_pretrain",
-        total_steps=updates,
+        total_steps=settings.updates,
         seed=seed,
         init=initial_state,
         update=update,
         data=data,
-        config={"preset": config.name, "audio": dataclasses.asdict(config.audio), "stage": dataclasses.asdict(settings)},
+        config={"preset": config.name, "audio": dataclasses.asdict(config.audio), "stage": settings.record()},
         evaluate=evaluate,
         evaluate_every=250,
     )

@@ -28,7 +28,6 @@ from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.dit_data import (
     CROP,
     DiTBatch,
-    at_rate,
     draw_batch,
     load_data,
     text_kept,
@@ -39,20 +38,23 @@ from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.training.previews import save_preview
+from pikastream_jax.training.settings import Optimiser, StageSettings
 from pikastream_jax.weights.safetensors_io import restore_into
 
 MORE_NOISE = 1 / 3  # share of chunks that are moved to pure noise, where a step decides what the chunk will show
 
 
-@dataclasses.dataclass(frozen=True)
-class CausalConfig:
-    """Settings of the stage."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(StageSettings):
+    """Settings of the stage; a row of a batch is a window of a clip."""
 
+    updates: int = 500
     batch: int = 6
-    latent_frames: int = 9  # the last chunk of three sees the whole window, as in a stream
-    reading: float = 1.0  # weight of what the latent reader misreads
-    ema: float = 0.99
-    optimiser: OptimiserConfig = OptimiserConfig(learning_rate=1.5e-3, warmup_steps=20, decay="linear")
+    latent_frames: int = 9
+    """So that the last chunk of three sees the whole window, as in a stream."""
+    reading: float = 1.0
+    """Weight of what the latent reader misreads."""
+    optimiser: Optimiser = OptimiserConfig(learning_rate=1.5e-3, warmup_steps=20, decay="linear")
 
 
 def random_chunks(key: Array, batch: int, frames: int, largest: int) -> Int[Array, "b f"]:
@@ -168,31 +170,29 @@ def sampler(
     return sample
 
 
-def record(config: Config, settings: Any) -> dict[str, Any]:
+def record(config: Config, settings: StageSettings) -> dict[str, Any]:
     """What a run of a student's stage was trained with, see `Stage.config`."""
-    parts = {"dit": config.dit, "stream": config.stream, "stage": settings}
-    return {"preset": config.name} | {name: dataclasses.asdict(part) for name, part in parts.items()}
+    parts = {"dit": config.dit, "stream": config.stream}
+    return {"preset": config.name, "stage": settings.record()} | {name: dataclasses.asdict(part) for name, part in parts.items()}
 
 
-def build(config: Config, seed: int, init: dict[str, Path], updates: int = 500, learning_rate: float | None = None) -> Stage:
+def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) -> Stage:
     """The stage. `init` names `clips`, `reader`, `flash_vae` (for pictures) and `denoiser`, the pre-trained teacher."""
-    settings = at_rate(CausalConfig(), learning_rate)
     model = functional(lambda rngs: Denoiser(config, rngs=rngs))
     reader = reader_model(config)
-    optimiser = make_optimiser(model.abstract, settings.optimiser, updates)
+    optimiser = make_optimiser(model.abstract, settings.optimiser, settings.updates)
 
     def initial_state() -> TrainState:
         params = restore_into(model.abstract, load_weights(init["denoiser"]))
         return TrainState.start(params, optimiser)
 
-    def update(state: TrainState, key: Array, data: dict) -> tuple[TrainState, dict]:
+    def update(state: TrainState, key: Array, data: dict, batch: dict) -> tuple[TrainState, dict]:
         k_data, k_chunks, k_loss = jax.random.split(key, 3)
-        batch = draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames, crop=CROP)
-        batch = split_batch(batch)
+        rows = split_batch(draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames, crop=CROP))
         chunk_ids = random_chunks(k_chunks, settings.batch, settings.latent_frames, config.stream.chunk)
 
         def total(params: Params) -> tuple[Float[Array, ""], dict]:
-            parts = causal_losses(config, model, text_kept(params), batch, k_loss, chunk_ids, reader.bind(data["reader"]))
+            parts = causal_losses(config, model, text_kept(params), rows, k_loss, chunk_ids, reader.bind(data["reader"]))
             return parts["loss"] + settings.reading * (parts["identity"] + parts["expression"]), parts
 
         gradient, parts = jax.grad(total, has_aux=True)(state.params)
@@ -208,7 +208,7 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 500, 
 
     return Stage(
         name="dit_causal",
-        total_steps=updates,
+        total_steps=settings.updates,
         seed=seed,
         init=initial_state,
         update=update,

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,6 @@ from pikastream_jax.training.losses import region_weights
 
 REGION_WEIGHTS = (5.0, 1.5)  # what the boxes of mouth and eyes add to a latent's weight of 1: they are small and they matter
 CROP = 0.75  # share of the picture's sides that is trained on; faces stand in the middle, so any such part holds nearly all that is hard
-Settings = TypeVar("Settings")  # a stage's settings, with an `optimiser` among them
 DROP = 0.1  # share of rows that lose text, audio or reference, each on its own
 SHORT = 0.3  # share of captions that are cut at a comma: people write "a woman smiling" and no more
 
@@ -53,17 +52,6 @@ def load_data(clips: Path, speech: Path = SPEECH) -> dict[str, Any]:
         "mel": corpus.mel,
         "tracks": corpus.tracks,
     }
-
-
-def at_rate(settings: Settings, learning_rate: float | None) -> Settings:
-    """A stage's settings with the highest learning rate that is asked for; None leaves the stage's own.
-
-    Raises:
-      ValueError: the rate is not above 0.
-    """
-    if learning_rate is None:
-        return settings
-    return dataclasses.replace(settings, optimiser=dataclasses.replace(settings.optimiser, learning_rate=learning_rate))
 
 
 def text_kept(params: Params) -> Params:

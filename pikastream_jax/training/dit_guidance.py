@@ -29,7 +29,6 @@ from pikastream_jax.training.dit_causal import (
 from pikastream_jax.training.dit_data import (
     CROP,
     DiTBatch,
-    at_rate,
     draw_batch,
     load_data,
     text_kept,
@@ -39,37 +38,38 @@ from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.training.sampling import Guidance, guided
+from pikastream_jax.training.settings import Optimiser, StageSettings
 from pikastream_jax.weights.safetensors_io import restore_into
 
 
-@dataclasses.dataclass(frozen=True)
-class GuidanceConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(StageSettings):
     """Settings of the stage. A scale of 1 is no guidance."""
 
+    updates: int = 200
     batch: int = 6
     latent_frames: int = 9
     text: float = 3.2
     audio: float = 1.5
     reference: float = 1.9
     ema: float = 0.98
-    optimiser: OptimiserConfig = OptimiserConfig(learning_rate=1e-3, warmup_steps=20, decay="linear")
+    optimiser: Optimiser = OptimiserConfig(learning_rate=1e-3, warmup_steps=20, decay="linear")
 
 
 def guided_velocity(
-    config: Config, model: Functional, params: Params, batch: DiTBatch, copies: TwoCopies, scales: GuidanceConfig
+    config: Config, model: Functional, params: Params, batch: DiTBatch, copies: TwoCopies, scales: Settings
 ) -> Float[Array, "b f r c z"]:
     """The velocity with every condition, and (scale - 1) times what text, sound and reference each change in it."""
     asked = Guidance(scales.text, scales.audio, scales.reference)
     return guided(lambda told: causal_velocity(config, model, params, told, copies), batch, asked)
 
 
-def build(config: Config, seed: int, init: dict[str, Path], updates: int = 200, learning_rate: float | None = None) -> Stage:
+def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) -> Stage:
     """The stage. `init` names `clips`, `flash_vae` (for pictures) and `denoiser`, the student of `dit_causal` to start from and to guide; or to
     start from alone, where it names a `guide`.
     """
-    settings = at_rate(GuidanceConfig(), learning_rate)
     model = functional(lambda rngs: Denoiser(config, rngs=rngs))
-    optimiser = make_optimiser(model.abstract, settings.optimiser, updates)
+    optimiser = make_optimiser(model.abstract, settings.optimiser, settings.updates)
 
     def weights(name: str) -> Params:
         return restore_into(model.abstract, load_weights(init[name]))
@@ -79,11 +79,11 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 200, 
         wanted = guided_velocity(config, model, guide, batch, copies, settings)
         return weighted_velocity_loss(causal_velocity(config, model, params, batch, copies), wanted, batch.weight)
 
-    def update(state: TrainState, key: Array, data: dict) -> tuple[TrainState, dict]:
+    def update(state: TrainState, key: Array, data: dict, batch: dict) -> tuple[TrainState, dict]:
         k_data, k_chunks, k_loss = jax.random.split(key, 3)
-        batch = split_batch(draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames, crop=CROP))
+        rows = split_batch(draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames, crop=CROP))
         chunk_ids = random_chunks(k_chunks, settings.batch, settings.latent_frames, config.stream.chunk)
-        value, gradient = jax.value_and_grad(lambda params: error(text_kept(params), data["guide"], batch, k_loss, chunk_ids))(state.params)
+        value, gradient = jax.value_and_grad(lambda params: error(text_kept(params), data["guide"], rows, k_loss, chunk_ids))(state.params)
         return state.descend(gradient, optimiser, settings.ema), {"loss": value}
 
     data = functools.cache(lambda: load_data(init["clips"]) | {"guide": weights("guide" if "guide" in init else "denoiser")})
@@ -96,7 +96,7 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 200, 
 
     return Stage(
         name="dit_guidance",
-        total_steps=updates,
+        total_steps=settings.updates,
         seed=seed,
         init=lambda: TrainState.start(weights("denoiser"), optimiser),
         update=update,

@@ -17,7 +17,6 @@ from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.dit_data import (
     CROP,
     DiTBatch,
-    at_rate,
     draw_batch,
     load_data,
     text_kept,
@@ -29,23 +28,27 @@ from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.training.previews import save_preview
 from pikastream_jax.training.sampling import bidirectional_velocity, sample_teacher
+from pikastream_jax.training.settings import Optimiser, StageSettings
 from pikastream_jax.weights.safetensors_io import restore_into
 
 
-@dataclasses.dataclass(frozen=True)
-class PretrainConfig:
-    """Settings of the stage."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(StageSettings):
+    """Settings of the stage; a row of a batch is a window of a clip."""
 
+    updates: int = 3_000
     batch: int = 24
     latent_frames: int = 3
-    shift: float = 3.0  # of the logit-normal timesteps
-    reading: float = 0.7  # weight of what the latent reader misreads
-    pure_noise: float = 0.25  # share of rows at t = 1, where the conditions alone tell what to draw and logit-normal timesteps hardly come
-    ema: float = 0.99
-    optimiser: OptimiserConfig = OptimiserConfig(learning_rate=3e-3, warmup_steps=50, decay="linear")
+    shift: float = 3.0
+    """Of the logit-normal timesteps."""
+    reading: float = 0.7
+    """Weight of what the latent reader misreads."""
+    pure_noise: float = 0.25
+    """Share of rows at t = 1, where the conditions alone tell what to draw and logit-normal timesteps hardly come."""
+    optimiser: Optimiser = OptimiserConfig(learning_rate=3e-3, warmup_steps=50, decay="linear")
 
 
-def build(config: Config, seed: int, init: dict[str, Path], updates: int = 3_000, learning_rate: float | None = None) -> Stage:
+def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) -> Stage:
     """The stage. `init` names `clips`, `reader` and `flash_vae` (for pictures), and may name a `denoiser` to start from and, as `audio` and
     `text`, runs of `audio_pretrain` and `text_pretrain` whose encoders take the place of its own.
 
@@ -54,13 +57,12 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 3_000
     """
     if not {"denoiser", "text"} & init.keys():
         raise ValueError("dit_pretrain needs --init text=PATH, a run of text_pretrain, or denoiser=PATH: it trains no text encoder")
-    settings = at_rate(PretrainConfig(), learning_rate)
 
     def build_model(rngs):
         return Denoiser(config, rngs=rngs)
 
     model = functional(build_model)
-    optimiser = make_optimiser(model.abstract, settings.optimiser, updates)
+    optimiser = make_optimiser(model.abstract, settings.optimiser, settings.updates)
 
     def initial_state() -> TrainState:
         if "denoiser" in init:
@@ -88,11 +90,10 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 3_000
         misread = misreading(reader.bind(reader_params), batch, velocity, noise, t)
         return value + settings.reading * (misread["identity"] + misread["expression"]), {"loss": value} | misread
 
-    def update(state: TrainState, key: Array, data: dict) -> tuple[TrainState, dict]:
+    def update(state: TrainState, key: Array, data: dict, batch: dict) -> tuple[TrainState, dict]:
         k_data, k_loss = jax.random.split(key)
-        batch = draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames, crop=CROP)
-        batch = split_batch(batch)
-        gradient, parts = jax.grad(losses, has_aux=True)(state.params, batch, k_loss, data["reader"])
+        rows = split_batch(draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames, crop=CROP))
+        gradient, parts = jax.grad(losses, has_aux=True)(state.params, rows, k_loss, data["reader"])
         return state.descend(gradient, optimiser, settings.ema), parts
 
     data = functools.cache(lambda: load_data(init["clips"]) | {"reader": load_reader(config, init["reader"])})
@@ -115,12 +116,12 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 3_000
 
     return Stage(
         name="dit_pretrain",
-        total_steps=updates,
+        total_steps=settings.updates,
         seed=seed,
         init=initial_state,
         update=update,
         data=data,
-        config={"preset": config.name, "dit": dataclasses.asdict(config.dit), "stage": dataclasses.asdict(settings)},
+        config={"preset": config.name, "dit": dataclasses.asdict(config.dit), "stage": settings.record()},
         evaluate=lambda state: held_out(state.ema, data()),
         evaluate_every=200,
         sample=sample,

@@ -30,14 +30,23 @@ from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.faces import FaceBatch, random_states
 from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
+from pikastream_jax.training.settings import Optimiser, StageSettings
 from pikastream_jax.weights.safetensors_io import save
 
 HELD_OUT_SEED = 2_000_003
-BATCH = 32
-EMA = 0.99
-OPTIMISER = OptimiserConfig(learning_rate=3e-3, warmup_steps=50, decay="cosine", final_fraction=0.02, muon=True)
 _JITTER = 5.0  # pixels by which a crop may miss, as the first reader does
 _STRIDE = 16  # pixels of a patch of the model under test
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(StageSettings):
+    """Settings of the stage; a row of a batch is a picture."""
+
+    updates: int = 1_500
+    batch: int = 32
+    optimiser: Optimiser = OptimiserConfig(
+        learning_rate=3e-3, warmup_steps=50, decay="cosine", final_fraction=0.02
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -100,7 +109,7 @@ def _blur(picture: Float[Array, "h w 3"]) -> Float[Array, "h w 3"]:
     return 0.25 * (rows[:, :-2] + rows[:, 2:]) + 0.5 * rows[:, 1:-1]
 
 
-def build(config: Config, seed: int, init: dict[str, Path], updates: int = 1_500) -> Stage:
+def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) -> Stage:
     """The stage `face_estimator`. It depends on no preset and takes no weights.
 
     Raises:
@@ -110,7 +119,7 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 1_500
         raise ValueError(f"face_estimator reads {SIZE}x{SIZE}, preset {config.name} makes another size: use tiny")
     build_model = lambda rngs: FaceEstimator(rngs=rngs)  # noqa: E731
     model = functional(build_model)
-    optimiser = make_optimiser(model.abstract, OPTIMISER, updates)
+    optimiser = make_optimiser(model.abstract, settings.optimiser, settings.updates)
 
     def initial_state() -> TrainState:
         params = initial_params(build_model, jax.random.key(seed))
@@ -125,13 +134,10 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 1_500
             parts |= {name: error[:, :split].mean(), f"{name}_identity": error[:, split:].mean()}
         return sum(parts.values()), parts
 
-    def update(state: TrainState, key: Array, data: dict) -> tuple[TrainState, dict]:
-        batch = estimator_batch(key, BATCH)
-        (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, batch)
-        return state.descend(gradient, optimiser, EMA), {
-            "loss": value,
-            **parts,
-        }
+    def update(state: TrainState, key: Array, data: dict, batch: dict) -> tuple[TrainState, dict]:
+        rows = estimator_batch(key, settings.batch)
+        (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, rows)
+        return state.descend(gradient, optimiser, settings.ema), {"loss": value, **parts}
 
     held_out = functools.cache(lambda: jax.jit(estimator_batch, static_argnums=1)(jax.random.key(HELD_OUT_SEED), 192))
 
@@ -143,11 +149,11 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 1_500
 
     return Stage(
         name="face_estimator",
-        total_steps=updates,
+        total_steps=settings.updates,
         seed=seed,
         init=initial_state,
         update=update,
-        config={"batch": BATCH, "optimiser": dataclasses.asdict(OPTIMISER), "ema": EMA},
+        config={"stage": settings.record()},
         evaluate=evaluate,
         evaluate_every=200,
     )

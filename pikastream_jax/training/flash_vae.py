@@ -1,5 +1,4 @@
-"""FlashVAE's stages: low-resolution pre-training on crops, streaming at full size through the decoder's rolling cache, then the
-decoder alone."""
+"""What FlashVAE's stages share: the loss, and the stage around it."""
 
 import dataclasses
 import functools
@@ -12,7 +11,7 @@ from jaxtyping import Array, Float
 
 from pikastream_jax.config import Config
 from pikastream_jax.flash_vae import FlashVAE
-from pikastream_jax.measuring.estimator import SIZE, FaceEstimator
+from pikastream_jax.measuring.estimator import FaceEstimator
 from pikastream_jax.nn.layers import Functional, Params, functional, initial_params
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.face_estimator import face_misreading
@@ -20,30 +19,37 @@ from pikastream_jax.training.faces import FaceBatch, face_batch
 from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.losses import motion_loss, psnr, reconstruction_loss, region_weights
 from pikastream_jax.training.mesh import split_batch
-from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
+from pikastream_jax.training.optimiser import make_optimiser
 from pikastream_jax.training.pictures import save_rows
+from pikastream_jax.training.settings import StageSettings
 from pikastream_jax.weights.safetensors_io import restore_into
 
 HELD_OUT_SEED = 1_000_003  # identities and motions of the held-out batches; training keys are folded from the run's seed
 
 
-@dataclasses.dataclass(frozen=True)
-class VAEStageConfig:
-    """What differs between the stages."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VAESettings(StageSettings):
+    """What differs between the stages; a row of a batch is a clip."""
 
-    batch: int
-    latent_frames: int  # in a clip
-    crop: int  # pixels each way
-    streaming: bool  # decode frame by frame through the cache, as at inference
-    encoder: bool  # False leaves the encoder as it is, and with it the latents that the DiT knows
-    kl_weight: float
-    motion_weight: float
-    updates: int
-    optimiser: OptimiserConfig
-    region_weights: tuple[float, float] = (6.0, 2.0)  # what the boxes of mouth and eyes add to every pixel's weight of 1
-    faces: float = 0.0  # share of crops that hold mouth and eyes, see `face_batch`
-    reading_weight: float = 0.0  # of what a reader of pixels misreads, see `face_misreading`
+    latent_frames: int
+    """Length of a clip."""
+    crop: int
+    """Pixels each way."""
+    motion_weight: float = 6.0
+    """Of the error of the change from frame to frame."""
+    kl_weight: float = 5e-5
+    region_weights: tuple[float, float] = (6.0, 2.0)
+    """What the boxes of mouth and eyes add to every pixel's weight of 1."""
+    faces: float = 0.0
+    """Share of crops that hold mouth and eyes, see `face_batch`."""
+    reading_weight: float = 0.0
+    """Of what a reader of pixels misreads, see `face_misreading`."""
     ema: float = 0.995
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.latent_frames < 1 or self.crop < 1:
+            raise ValueError(f"latent_frames {self.latent_frames} and crop {self.crop} must be at least 1")
 
 
 def _decode(vae: FlashVAE, latents: Float[Array, "b f r c z"], streaming: bool) -> Float[Array, "b t h w 3"]:
@@ -59,16 +65,21 @@ def _decode(vae: FlashVAE, latents: Float[Array, "b f r c z"], streaming: bool) 
 
 
 def vae_loss(
-    model: Functional, params: Params, batch: FaceBatch, key: Array, stage: VAEStageConfig, reader: FaceEstimator | None = None
+    model: Functional, params: Params, batch: FaceBatch, key: Array, stage: VAESettings, *, streaming: bool, encoder: bool = True, reader: FaceEstimator | None = None
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Reconstruction from a sampled latent, its motion, the KL divergence to a unit Gaussian, and what the `reader` misreads."""
+    """Reconstruction from a sampled latent, its motion, the KL divergence to a unit Gaussian, and what the `reader` misreads.
+
+    Args:
+      streaming: decode frame by frame through the cache, as at inference.
+      encoder: False leaves the encoder as it is, and with it the latents that the DiT knows.
+    """
     vae = model.bind(params)
     video = batch.video
     mean, log_variance = vae.encode(video)
-    if not stage.encoder:
+    if not encoder:
         mean, log_variance = jax.lax.stop_gradient((mean, log_variance))
     latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
-    output = _decode(vae, latents, stage.streaming)
+    output = _decode(vae, latents, streaming)
     h, w = video.shape[2:4]
     weight = region_weights(batch.boxes, h, w, stage.region_weights, batch.origin[:, None])
     kl = 0.5 * jnp.mean(mean**2 + jnp.exp(log_variance) - 1.0 - log_variance)
@@ -82,7 +93,16 @@ def vae_loss(
     return loss, parts
 
 
-def _build(config: Config, name: str, stage: VAEStageConfig, seed: int, init: dict[str, Path]) -> Stage:
+def build_stage(
+    config: Config, name: str, seed: int, init: dict[str, Path], stage: VAESettings, *, streaming: bool, encoder: bool = True
+) -> Stage:
+    """A stage of FlashVAE, from `init["flash_vae"]` or from nothing.
+
+    Raises:
+      ValueError: crops larger than the preset's pictures.
+    """
+    if stage.crop > min(config.stream.height, config.stream.width):
+        raise ValueError(f"{name}: crop {stage.crop} is larger than the {config.stream.height}x{config.stream.width} pictures of {config.name}")
     size = config.stream.height
     clip_frames = stage.latent_frames * config.flash_vae.temporal_stride
 
@@ -99,12 +119,12 @@ def _build(config: Config, name: str, stage: VAEStageConfig, seed: int, init: di
             params = initial_params(build_model, jax.random.key(seed))
         return TrainState.start(params, optimiser)
 
-    def update(state: TrainState, key: Array, data: dict) -> tuple[TrainState, dict]:
+    def update(state: TrainState, key: Array, data: dict, batch: dict) -> tuple[TrainState, dict]:
         k_data, k_noise = jax.random.split(key)
-        batch = split_batch(face_batch(k_data, stage.batch, clip_frames, size, stage.crop, stage.faces))
+        shown = split_batch(face_batch(k_data, stage.batch, clip_frames, size, stage.crop, stage.faces))
         reader = face_reader.bind(data["face_reader"]) if stage.reading_weight else None
         (loss, metrics), gradient = jax.value_and_grad(
-            lambda p: vae_loss(model, p, batch, k_noise, stage, reader), has_aux=True
+            lambda p: vae_loss(model, p, shown, k_noise, stage, streaming=streaming, encoder=encoder, reader=reader), has_aux=True
         )(state.params)
         return state.descend(gradient, optimiser, stage.ema), {"loss": loss, **metrics}
 
@@ -155,70 +175,10 @@ def _build(config: Config, name: str, stage: VAEStageConfig, seed: int, init: di
         config={
             "preset": config.name,
             "flash_vae": dataclasses.asdict(config.flash_vae),
-            "stage": {name: value for name, value in dataclasses.asdict(stage).items() if name != "updates"},
+            "stage": stage.record(),
         },
         evaluate=evaluate,
         evaluate_every=200,
         sample=sample,
         sample_every=500,
     )
-
-
-def build_low_res(config: Config, seed: int, init: dict[str, Path], updates: int = 1_800) -> Stage:
-    """Crops of a quarter of the picture's side, mostly mouths and eyes, one latent frame each: most of the learning, cheaply."""
-    stage = VAEStageConfig(
-        batch=64,
-        latent_frames=1,
-        crop=config.stream.height // 4,
-        streaming=False,
-        encoder=True,
-        kl_weight=5e-5,
-        motion_weight=6.0,
-        updates=updates,
-        optimiser=OptimiserConfig(learning_rate=3e-3, warmup_steps=100, decay="linear"),
-    )
-    return _build(config, "flash_vae_low_res", stage, seed, init)
-
-
-def build_streaming(config: Config, seed: int, init: dict[str, Path], updates: int = 300) -> Stage:
-    """Whole pictures, longer clips, decoded frame by frame with the cache, as the stream does."""
-    stage = VAEStageConfig(
-        batch=4,
-        latent_frames=3,
-        crop=config.stream.height,
-        streaming=True,
-        encoder=True,
-        kl_weight=5e-5,
-        motion_weight=6.0,
-        updates=updates,
-        optimiser=OptimiserConfig(learning_rate=1.5e-3, warmup_steps=30, decay="linear"),
-    )
-    return _build(config, "flash_vae_streaming", stage, seed, init)
-
-
-def build_decoder(config: Config, seed: int, init: dict[str, Path], updates: int = 1_500) -> Stage:
-    """The decoder alone, on halves of the picture: latents stay as they are, so clips and DiT stay valid while pictures improve.
-
-    `init` names the `flash_vae` whose encoder is kept and, as `face_reader`, a run of `face_estimator`: one of another seed than the
-    estimator that `evaluate` measures with.
-
-    Raises:
-      ValueError: the preset's pictures are not of the size that is read.
-    """
-    if (config.stream.height, config.stream.width) != (SIZE, SIZE):
-        raise ValueError(f"flash_vae_decoder is judged by a reader of {SIZE}x{SIZE}, preset {config.name} makes another size: use tiny")
-    stage = VAEStageConfig(
-        batch=6,
-        latent_frames=3,
-        crop=config.stream.height // 2,
-        streaming=True,
-        encoder=False,
-        kl_weight=0.0,
-        motion_weight=3.0,
-        updates=updates,
-        optimiser=OptimiserConfig(learning_rate=2e-3, warmup_steps=50, decay="linear"),
-        region_weights=(6.0, 6.0),
-        faces=0.5,
-        reading_weight=0.1,
-    )
-    return _build(config, "flash_vae_decoder", stage, seed, init)

@@ -28,6 +28,7 @@ from pikastream_jax.training.dit_data import CROP, DiTBatch, draw_batch, load_da
 from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
+from pikastream_jax.training.settings import Optimiser, StageSettings
 from pikastream_jax.weights.safetensors_io import restore_into
 
 # What the face does, and each quantity's share of the error. Captions ask for a smile, brows and a gaze, the noise tells of jumps of the
@@ -41,15 +42,16 @@ _WINDOWS = {"whole": (0.75, 0.625), "eyes": (0.3125, 0.5), "mouth": (0.375, 0.43
 _HIDDEN = (384, 192)
 
 
-@dataclasses.dataclass(frozen=True)
-class LatentReaderConfig:
-    """Settings of the stage."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(StageSettings):
+    """Settings of the stage; a row of a batch is a clip."""
 
-    batch: int = 48  # clips
+    updates: int = 1_000
+    batch: int = 48
     latent_frames: int = 5
-    noise: float = 0.3  # largest standard deviation of the noise in what is read; half of the latent frames have none
-    ema: float = 0.99
-    optimiser: OptimiserConfig = OptimiserConfig(learning_rate=2e-3, warmup_steps=50, decay="linear")
+    noise: float = 0.3
+    """Largest standard deviation of the noise in what is read; half of the latent frames have none."""
+    optimiser: Optimiser = OptimiserConfig(learning_rate=2e-3, warmup_steps=50, decay="linear")
 
 
 _SHARES = {
@@ -130,11 +132,10 @@ def load_reader(config: Config, path: Path) -> Params:
     return restore_into(reader_model(config).abstract, load_weights(path))
 
 
-def build(config: Config, seed: int, init: dict[str, Path], updates: int = 1_000) -> Stage:
+def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) -> Stage:
     """The stage `latent_reader`. `init` names `clips`."""
-    settings = LatentReaderConfig()
     model = reader_model(config)
-    optimiser = make_optimiser(model.abstract, settings.optimiser, updates)
+    optimiser = make_optimiser(model.abstract, settings.optimiser, settings.updates)
 
     def initial_state() -> TrainState:
         return TrainState.start(initial_params(lambda rngs: LatentReader(config, rngs=rngs), jax.random.key(seed)), optimiser)
@@ -144,12 +145,12 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 1_000
         value = sum(parts.values())
         return value, {"loss": value} | parts
 
-    def update(state: TrainState, key: Array, data: dict) -> tuple[TrainState, dict]:
+    def update(state: TrainState, key: Array, data: dict, batch: dict) -> tuple[TrainState, dict]:
         k_data, k_level, k_noise = jax.random.split(key, 3)
-        batch = split_batch(draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames, crop=CROP))
+        rows = split_batch(draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames, crop=CROP))
         level = jax.random.uniform(k_level, (settings.batch, settings.latent_frames, 1, 1, 1), minval=-settings.noise, maxval=settings.noise)
-        latents = batch.latents + jnp.maximum(level, 0.0) * jax.random.normal(k_noise, batch.latents.shape)
-        gradient, parts = jax.grad(loss, has_aux=True)(state.params, latents, batch)
+        latents = rows.latents + jnp.maximum(level, 0.0) * jax.random.normal(k_noise, rows.latents.shape)
+        gradient, parts = jax.grad(loss, has_aux=True)(state.params, latents, rows)
         return state.descend(gradient, optimiser, settings.ema), parts
 
     data = functools.cache(lambda: load_data(init["clips"]))
@@ -161,12 +162,12 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 1_000
 
     return Stage(
         name="latent_reader",
-        total_steps=updates,
+        total_steps=settings.updates,
         seed=seed,
         init=initial_state,
         update=update,
         data=data,
-        config={"preset": config.name, "stage": dataclasses.asdict(settings)},
+        config={"preset": config.name, "stage": settings.record()},
         evaluate=lambda state: held_out(state.ema, data()),
         evaluate_every=250,
     )

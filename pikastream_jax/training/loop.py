@@ -11,7 +11,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +67,11 @@ class Stage:
       total_steps: updates of the whole stage, over all stretches.
       seed: everything random follows from it.
       init: builds the state before the first update; traced, not run, when a checkpoint takes its place.
-      update: (state, key of this step, data) -> (state, scalars with `loss` among them), traced once under jit with the
+      update: (state, key of this step, data, batch) -> (state, scalars with `loss` among them), traced once under jit with the
         state donated. The loop counts `step` itself.
       data: loads the arrays that every update draws from, once at the start; an empty dict where data is made on the fly.
+      batches: gives a `grain.MapDataset` whose element n is the batch (a pytree of NumPy arrays) of update n, so that the position in
+        the data is the number of updates done; None where `data` is all there is, and `batch` then {}.
       config: JSON-able record of what was trained; a run is only continued with the same one.
       evaluate: state -> scalars on held-out data, `loss` among them; a function of the state alone.
       evaluate_every: in updates; also done after the last one.
@@ -81,8 +83,9 @@ class Stage:
     total_steps: int
     seed: int
     init: Callable[[], TrainState]
-    update: Callable[[TrainState, Key[Array, ""], PyTree[Array]], tuple[TrainState, Metrics]]
+    update: Callable[[TrainState, Key[Array, ""], PyTree[Array], PyTree[Array]], tuple[TrainState, Metrics]]
     data: Callable[[], PyTree[Array]] = dict
+    batches: Callable[[], Sequence[PyTree[Array]]] | None = None
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     evaluate: Callable[[TrainState], Metrics | dict[str, float]] | None = None
     evaluate_every: int = 500
@@ -163,10 +166,11 @@ class _Stretch:
         (out_dir / "config.json").write_text(json.dumps(_record(stage), indent=2) + "\n")
 
         self.data = replicate(stage.data())
+        self.batches = stage.batches() if stage.batches else None
 
-        def update(state: TrainState, data: PyTree[Array]) -> tuple[TrainState, Metrics]:
+        def update(state: TrainState, data: PyTree[Array], batch: PyTree[Array]) -> tuple[TrainState, Metrics]:
             key = jax.random.fold_in(jax.random.key(stage.seed), state.step)
-            new, metrics = stage.update(state, key, data)
+            new, metrics = stage.update(state, key, data, batch)
             return dataclasses.replace(new, step=state.step + 1), metrics
 
         # What an update splits over the devices comes back as it went in: whole, on each of them.
@@ -190,7 +194,8 @@ class _Stretch:
             mininterval=0.5 if sys.stderr.isatty() else 30.0,  # a log file wants a line now and then
         ) as bar:
             while self.step < last and not stop_request and time.monotonic() < deadline:
-                self.state, metrics = self.update(self.state, self.data)
+                batch = {} if self.batches is None else self.batches[self.step]
+                self.state, metrics = self.update(self.state, self.data, batch)
                 self.step += 1
                 self.pending.append(metrics)
                 if self.step % self.log_every == 0 or self.step == stage.total_steps:

@@ -25,21 +25,23 @@ from pikastream_jax.training.clips import load_clip_record
 from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
+from pikastream_jax.training.settings import Optimiser, StageSettings
 
 STYLE = tuple(field.name for field in dataclasses.fields(Style))
 HELD_OUT_SEED = 1_000_003
 
 
-@dataclasses.dataclass(frozen=True)
-class TextPretrainConfig:
-    """Settings of the stage."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(StageSettings):
+    """Settings of the stage; a row of a batch is a caption."""
 
-    batch: int = 256  # captions
+    updates: int = 400
+    batch: int = 256
     captions: int = 20_000
     held_out: int = 1_000
-    drop: float = 0.1  # share of captions replaced by the empty prompt, as the DiT's stages do
-    ema: float = 0.99
-    optimiser: OptimiserConfig = OptimiserConfig(learning_rate=3e-3, warmup_steps=50, decay="linear")
+    drop: float = 0.1
+    """Share of captions replaced by the empty prompt, as the DiT's stages do."""
+    optimiser: Optimiser = OptimiserConfig(learning_rate=3e-3, warmup_steps=50, decay="linear")
 
 
 class StyleReadout(nnx.Module):
@@ -55,15 +57,14 @@ class StyleReadout(nnx.Module):
         return self.head(jnp.sum(self.text(tokens, valid) * counts, axis=1) / valid[:, None])
 
 
-def build(config: Config, seed: int, init: dict[str, Path], updates: int = 400) -> Stage:
+def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) -> Stage:
     """The stage `text_pretrain`. `init` names `clips`, whose tokenizer the DiT's stages use."""
-    settings = TextPretrainConfig()
 
     def build_model(rngs):
         return StyleReadout(config, rngs=rngs)
 
     model = functional(build_model)
-    optimiser = make_optimiser(model.abstract, settings.optimiser, updates)
+    optimiser = make_optimiser(model.abstract, settings.optimiser, settings.updates)
     tokenizer, _ = load_clip_record(init["clips"], config.text.length)
 
     @functools.cache
@@ -76,7 +77,7 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 400) 
     def initial_state() -> TrainState:
         return TrainState.start(initial_params(build_model, jax.random.key(seed)), optimiser)
 
-    def update(state: TrainState, key: Array, data: dict) -> tuple[TrainState, dict]:
+    def update(state: TrainState, key: Array, data: dict, batch: dict) -> tuple[TrainState, dict]:
         k_row, k_drop = jax.random.split(key)
         row = jax.random.randint(k_row, (settings.batch,), 0, settings.captions)
         dropped = jax.random.uniform(k_drop, (settings.batch,)) < settings.drop
@@ -106,12 +107,12 @@ def build(config: Config, seed: int, init: dict[str, Path], updates: int = 400) 
 
     return Stage(
         name="text_pretrain",
-        total_steps=updates,
+        total_steps=settings.updates,
         seed=seed,
         init=initial_state,
         update=update,
         data=lambda: captions(seed, settings.captions),
-        config={"preset": config.name, "text": dataclasses.asdict(config.text), "stage": dataclasses.asdict(settings)},
+        config={"preset": config.name, "text": dataclasses.asdict(config.text), "stage": settings.record()},
         evaluate=evaluate,
         evaluate_every=100,
     )

@@ -19,6 +19,9 @@ from tests.small import small_config, small_models
 CONFIG = small_config()
 
 
+SETTINGS = audio_pretrain.Settings(updates=200, batch=32, optimiser=OptimiserConfig(5e-3, warmup_steps=5))
+
+
 @pytest.fixture
 def corpus_file(tmp_path, monkeypatch):
     """A corpus in which the sound's level tells the mouth's opening, and nothing tells the other tracks."""
@@ -33,13 +36,11 @@ def corpus_file(tmp_path, monkeypatch):
     save_corpus(path, dataclasses.replace(small_corpus(), mel=mel, tracks=tracks, start=np.array([0, 1000, 1010]), stop=stop))
     monkeypatch.setattr(audio_pretrain, "SPEECH", path)
     monkeypatch.setattr(audio_pretrain, "augment", lambda mel, key, config: mel)
-    settings = audio_pretrain.AudioPretrainConfig(batch=32, optimiser=OptimiserConfig(5e-3, warmup_steps=5))
-    monkeypatch.setattr(audio_pretrain, "AudioPretrainConfig", lambda: settings)
     return path
 
 
 def test_it_hears_what_can_be_heard_and_the_dit_starts_from_it(corpus_file, tmp_path):
-    stage = audio_pretrain.build(CONFIG, 0, {}, updates=200)
+    stage = audio_pretrain.build(CONFIG, 0, {}, SETTINGS)
     state = run(stage, tmp_path / "run")
     figures = stage.evaluate(state)
     assert figures["r_mouth_open"] > 0.9
@@ -47,8 +48,8 @@ def test_it_hears_what_can_be_heard_and_the_dit_starts_from_it(corpus_file, tmp_
 
     text = tmp_path / "text.safetensors"
     safetensors_io.save(text, {"text": small_models(CONFIG)[1].denoiser["text"]}, dtype=jnp.float32)
-    pretrain = dit_pretrain.build(CONFIG, 0, {"audio": tmp_path / "run", "text": text}, updates=100)
+    pretrain = dit_pretrain.build(CONFIG, 0, {"audio": tmp_path / "run", "text": text}, dit_pretrain.Settings())
     started = pretrain.init().params["audio"]
     jax.tree.map(np.testing.assert_array_equal, started, load_weights(tmp_path / "run")["audio"])
-    untrained = dit_pretrain.build(CONFIG, 0, {"text": text}, updates=100).init().params["audio"]
+    untrained = dit_pretrain.build(CONFIG, 0, {"text": text}, dit_pretrain.Settings()).init().params["audio"]
     assert any(jnp.abs(a - b).max() > 0.01 for a, b in zip(jax.tree.leaves(started), jax.tree.leaves(untrained), strict=True))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pikastream_jax.measuring.estimator import FaceEstimator
 from pikastream_jax.nn.layers import functional
-from pikastream_jax.training import flash_vae
+from pikastream_jax.training import flash_vae, vae_decoder, vae_low_res, vae_streaming
 from pikastream_jax.training.face_estimator import face_misreading
 from pikastream_jax.training.faces import FaceBatch
 from pikastream_jax.training.losses import reconstruction_loss, region_weights
@@ -22,18 +22,9 @@ from tests.small import randomised, small_config, small_models
 CONFIG = small_config(height=32, width=32)
 
 
-def settings(streaming, encoder=True):
-    return flash_vae.VAEStageConfig(
-        batch=2,
-        latent_frames=3,
-        crop=32,
-        streaming=streaming,
-        encoder=encoder,
-        kl_weight=0.1,
-        motion_weight=0.5,
-        updates=1,
-        optimiser=OptimiserConfig(1e-3),
-    )
+SETTINGS = flash_vae.VAESettings(
+    batch=2, latent_frames=3, crop=32, kl_weight=0.1, motion_weight=0.5, updates=1, optimiser=OptimiserConfig(1e-3)
+)
 
 
 def test_the_loss_by_its_parts_through_the_cache_or_at_once():
@@ -48,7 +39,7 @@ def test_the_loss_by_its_parts_through_the_cache_or_at_once():
     key = jax.random.key(0)
 
     def loss(streaming):
-        run = jax.jit(lambda params: flash_vae.vae_loss(models.flash_vae, params, batch, key, settings(streaming)))
+        run = jax.jit(lambda params: flash_vae.vae_loss(models.flash_vae, params, batch, key, SETTINGS, streaming=streaming))
         return run(params.flash_vae)
 
     (through, parts), (at_once, _) = loss(True), loss(False)
@@ -74,16 +65,16 @@ def test_the_loss_by_its_parts_through_the_cache_or_at_once():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("build", [flash_vae.build_low_res, flash_vae.build_streaming])
-def test_a_stage_learns_and_draws(build, tmp_path):
+@pytest.mark.parametrize("module", [vae_low_res, vae_streaming])
+def test_a_stage_learns_and_draws(module, tmp_path):
     config = small_config(height=64, width=64)
     blocks = {"encoder_blocks": 1, "decoder_blocks": 1, "refine_blocks": 1}
     config = dataclasses.replace(config, flash_vae=dataclasses.replace(config.flash_vae, **blocks))
-    stage = build(config, 0, {})
+    stage = module.build(config, 0, {}, module.Settings(crop=16 if module is vae_low_res else 64))
     update, state = jax.jit(stage.update), replicate(stage.init())
     before = stage.evaluate(state)
     for step in range(40):
-        state, metrics = update(state, jax.random.fold_in(jax.random.key(0), step), {})
+        state, metrics = update(state, jax.random.fold_in(jax.random.key(0), step), {}, {})
         state = dataclasses.replace(state, step=state.step + 1)
     assert update._cache_size() == 1 and np.isfinite(float(metrics["loss"]))
     after = stage.evaluate(state)
@@ -99,8 +90,7 @@ def test_the_decoder_stage_leaves_the_encoder_alone():
     batch = FaceBatch(video, boxes=jnp.full((2, 12, 2, 4), 8.0), origin=jnp.zeros((2, 2)))
 
     def loss(params, encoder):
-        chosen = settings(streaming=False, encoder=encoder)
-        return flash_vae.vae_loss(models.flash_vae, params, batch, jax.random.key(0), chosen)[0]
+        return flash_vae.vae_loss(models.flash_vae, params, batch, jax.random.key(0), SETTINGS, streaming=False, encoder=encoder)[0]
 
     gradient = {known: jax.jit(jax.grad(lambda p, k=known: loss(p, k)))(params.flash_vae) for known in (True, False)}
     encoding = ("patch_in", "encoder", "norm_moments", "moments")
@@ -142,11 +132,12 @@ def test_the_reader_moves_the_decoder():
     batch = FaceBatch(video, boxes=jnp.broadcast_to(box, (1, 4, 2, 4)), origin=jnp.zeros((1, 2)))
     reader = functional(lambda rngs: FaceEstimator(rngs=rngs))
     reader = reader.bind(randomised(reader.abstract, 0))
-    chosen = settings(streaming=False, encoder=False)
 
     def loss(params, weight):
-        stage = dataclasses.replace(chosen, reading_weight=weight)
-        value, parts = flash_vae.vae_loss(models.flash_vae, params, batch, jax.random.key(0), stage, reader)
+        stage = dataclasses.replace(SETTINGS, reading_weight=weight)
+        value, parts = flash_vae.vae_loss(
+            models.flash_vae, params, batch, jax.random.key(0), stage, streaming=False, encoder=False, reader=reader
+        )
         return value, parts["reading"]
 
     run = jax.jit(jax.value_and_grad(loss, has_aux=True))
@@ -159,4 +150,4 @@ def test_the_reader_moves_the_decoder():
 
 def test_a_decoder_of_another_size_is_refused():
     with pytest.raises(ValueError, match="reader of 256x256, preset small makes another size"):
-        flash_vae.build_decoder(CONFIG, 0, {})
+        vae_decoder.build(CONFIG, 0, {}, vae_decoder.Settings())

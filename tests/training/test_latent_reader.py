@@ -89,7 +89,7 @@ def test_misreading_by_hand(params):
 
 def test_it_learns_and_is_told_nothing_that_it_should_say():
     """On four clips the error falls to less than half; of the truth's columns it sees the pose alone."""
-    stage = latent_reader.build(CONFIG, 0, {}, updates=60)
+    stage = latent_reader.build(CONFIG, 0, {}, latent_reader.Settings(updates=60))
     b, length = 4, 6
     latents, boxes, truth = example(b, length, rows=16)
     mel = np.zeros((60 * 16, CONFIG.audio.mels), np.uint8)
@@ -101,7 +101,7 @@ def test_it_learns_and_is_told_nothing_that_it_should_say():
     data["innovations"] = fit_innovations(np.asarray(truth))
     update, state, losses = jax.jit(stage.update), stage.init(), []
     for step in range(40):
-        state, metrics = update(state, jax.random.fold_in(jax.random.key(0), step), data)
+        state, metrics = update(state, jax.random.fold_in(jax.random.key(0), step), data, {})
         state = dataclasses.replace(state, step=state.step + 1)
         losses.append(float(metrics["loss"]))
     assert np.mean(losses[-5:]) < 0.5 * losses[0], losses

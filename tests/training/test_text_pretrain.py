@@ -23,6 +23,9 @@ CONFIG = dataclasses.replace(
     text=TextConfig(length=24, vocabulary=512, dim=64, blocks=1, heads=2),
     dit=dataclasses.replace(SMALL.dit, text_dim=64),
 )
+SETTINGS = text_pretrain.Settings(
+    updates=200, batch=128, captions=3_000, held_out=100, optimiser=OptimiserConfig(6e-3, warmup_steps=5)
+)
 HAPPY = text_pretrain.STYLE.index("happy")
 
 
@@ -30,13 +33,11 @@ HAPPY = text_pretrain.STYLE.index("happy")
 def tokenizer(monkeypatch):
     words = Tokenizer.learn(caption_batch(0, 500)[0], CONFIG.text.vocabulary, CONFIG.text.length)
     monkeypatch.setattr(text_pretrain, "load_clip_record", lambda path, length: (words, None))
-    settings = text_pretrain.TextPretrainConfig(batch=128, captions=3_000, held_out=100, optimiser=OptimiserConfig(6e-3, warmup_steps=5))
-    monkeypatch.setattr(text_pretrain, "TextPretrainConfig", lambda: settings)
     return words
 
 
 def test_it_understands_prompts_and_the_dit_starts_from_it(tokenizer, tmp_path):
-    stage = text_pretrain.build(CONFIG, 0, {"clips": tmp_path}, updates=200)
+    stage = text_pretrain.build(CONFIG, 0, {"clips": tmp_path}, SETTINGS)
     before = stage.evaluate(stage.init())
     state = run(stage, tmp_path / "run")
     after = stage.evaluate(state)
@@ -49,7 +50,7 @@ def test_it_understands_prompts_and_the_dit_starts_from_it(tokenizer, tmp_path):
     assert happy[0] > 0.5 and happy[1] < 0.15
     assert 0.05 < happy[2] < 0.35, "nothing said: the mean over all people"
 
-    pretrain = dit_pretrain.build(CONFIG, 0, {"text": tmp_path / "run"}, updates=100)
+    pretrain = dit_pretrain.build(CONFIG, 0, {"text": tmp_path / "run"}, dit_pretrain.Settings())
     jax.tree.map(np.testing.assert_array_equal, pretrain.init().params["text"], load_weights(tmp_path / "run")["text"])
 
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 import train
+from configs import PRESETS, stage_settings
 from pikastream_jax.training.checkpoint import load_weights
+from pikastream_jax.training.settings import changed
 from pikastream_jax.weights.safetensors_io import flatten
 
 ROOT = Path(train.__file__).resolve().parent
@@ -18,9 +20,8 @@ ROOT = Path(train.__file__).resolve().parent
 
 @pytest.fixture(autouse=True)
 def toy_stages(monkeypatch):
-    """The toy stages under train.py's own registry."""
-    for name in ("build", "build_endless", "build_nan", "build_rated"):
-        monkeypatch.setitem(train.STAGES, name, train.Entry(f"toy_stage:{name}"))
+    """The toy stage in train.py's own registry."""
+    monkeypatch.setitem(train.STAGES, "toy", train.Entry("toy_stage"))
 
 
 def command_line(monkeypatch, *arguments):
@@ -29,39 +30,60 @@ def command_line(monkeypatch, *arguments):
 
 
 def test_a_stage_trains_in_two_stretches(monkeypatch, tmp_path, capsys):
-    assert command_line(monkeypatch, "build", "--out", tmp_path, "--steps", "20") == 0
+    assert command_line(monkeypatch, "toy", "--out", tmp_path, "--steps", "20") == 0
     assert (
-        f"resume with: {Path(sys.executable).name} train.py build --out {tmp_path} --steps 20"
+        f"resume with: {Path(sys.executable).name} train.py toy --out {tmp_path} --steps 20"
         in capsys.readouterr().err
     )
-    assert command_line(monkeypatch, "build", "--out", tmp_path) == 0
+    assert command_line(monkeypatch, "toy", "--out", tmp_path) == 0
     assert "complete after 60 updates" in capsys.readouterr().err
-    assert command_line(monkeypatch, "build", "--out", tmp_path, "--updates", "70") == 0
+    assert command_line(monkeypatch, "toy", "--out", tmp_path, "--updates", "70") == 0
     assert "complete after 70 updates" in capsys.readouterr().err, "a finished run goes on when it is made longer"
 
 
-def test_the_learning_rate_reaches_a_stage_that_takes_one(monkeypatch, tmp_path):
-    for folder, asked, rate in (("given", ["--learning-rate", "2e-4"], 2e-4), ("own", [], None)):
-        assert command_line(monkeypatch, "build_rated", "--out", tmp_path / folder, "--steps", "1", *asked) == 0
-        assert json.loads((tmp_path / folder / "config.json").read_text())["config"]["rate"] == rate
+def test_settings_are_flags_and_stand_in_the_record(monkeypatch, tmp_path):
+    for folder, asked, rate in (("given", ["--learning-rate", "2e-4"], 2e-4), ("own", [], 3e-2)):
+        assert command_line(monkeypatch, "toy", "--out", tmp_path / folder, "--steps", "1", *asked) == 0
+        record = json.loads((tmp_path / folder / "config.json").read_text())
+        assert record["config"]["stage"]["optimiser"]["learning_rate"] == rate
+
+
+def test_runs_have_their_place_and_hand_over_from_there(monkeypatch, tmp_path):
+    monkeypatch.setitem(train.STAGES, "second", train.Entry("toy_stage", needs={"weights": ("missing", "toy")}))
+    assert command_line(monkeypatch, "toy", "--runs", tmp_path, "--steps", "1") == 0
+    assert command_line(monkeypatch, "second", "--runs", tmp_path, "--steps", "1") == 0
+    assert (tmp_path / "second" / "checkpoints").is_dir()
+    entry = train.STAGES["second"]
+    assert entry.hand_over("second", {}, tmp_path) == {"weights": tmp_path / "toy"}
+    assert entry.hand_over("second", {"weights": tmp_path}, tmp_path) == {"weights": tmp_path}, "what is given goes first"
+
+
+def test_the_settings_of_a_preset_are_the_stage_s_own_where_it_says_nothing():
+    for name, stages in ((name, stage_settings(name)) for name in PRESETS):
+        for stage, changes in stages.items():
+            settings = changed(train.STAGES[stage].load().Settings(), changes)
+            assert all(getattr(settings, field) == value for field, value in changes.items() if not isinstance(value, dict)), (name, stage)
+    with pytest.raises(ValueError, match="has no setting lenght; it has batch"):
+        changed(train.STAGES["vae_low_res"].load().Settings(), {"lenght": 3})
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["dit_pretran"], "unknown stage 'dit_pretran': choose one of flash_vae_low_res"),
-        (["build", "--config", "huge"], "huge"),
-        (["build", "--init", "weights"], "--init 'weights' must be NAME=PATH"),
-        (["build", "--init", "flash_vae=/nowhere"], "--init flash_vae: there is no /nowhere"),
-        (["build_nan"], "at step 7 loss is nan"),
-        (["build", "--steps", "0"], "steps must be above 0, got 0"),
-        (["build", "--cpu-devices", "0"], "--cpu-devices 0 must be at least 1"),
-        (["dit_causal", "--init", "clips=."], "dit_causal needs --init flash_vae=PATH; it takes clips, flash_vae, reader, denoiser"),
-        (["flash_vae_decoder", "--init", "flash_vae=."], "flash_vae_decoder needs --init face_reader=PATH"),
+        (["dit_pretran"], "unknown stage 'dit_pretran': choose one of vae_low_res"),
+        (["toy", "--config", "huge"], "huge"),
+        (["toy", "--init", "weights"], "--init 'weights' must be NAME=PATH"),
+        (["toy", "--init", "flash_vae=/nowhere"], "--init flash_vae: there is no /nowhere"),
+        (["toy", "--nan-loss-at", "7"], "at step 7 loss is nan"),
+        (["toy", "--steps", "0"], "steps must be above 0, got 0"),
+        (["toy", "--cpu-devices", "0"], "--cpu-devices 0 must be at least 1"),
+        (["dit_causal", "--init", "clips=.", "--runs", "nowhere"], "dit_causal needs flash_vae, and nowhere has no vae_adversarial or vae_streaming: train that first, or give --init flash_vae=PATH"),
+        (["dit_causal", "--runs", "nowhere"], "dit_causal needs clips, and nowhere has no clips"),
         (["audio_pretrain", "--init", "denoiser=."], "audio_pretrain takes no --init denoiser; it takes none"),
         (["dit_pretrain", "--init", "clips=.", "flash_vae=.", "reader=.", "denoizer=."], "dit_pretrain takes no --init denoizer"),
-        (["build", "--updates", "0"], "--updates 0 must be at least 1"),
-        (["build", "--learning-rate", "1e-3"], "build takes no --learning-rate"),
+        (["toy", "--updates", "0"], "updates 0 must be at least 1"),
+        (["toy", "--learning-rate", "-1"], "learning_rate must be above 0, got -1"),
+        (["vae_low_res", "--crop", "300"], "crop 300 is larger than the 256x256 pictures of tiny"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_exit_1(monkeypatch, tmp_path, capsys, arguments, message):
@@ -70,23 +92,23 @@ def test_what_is_wrong_is_one_line_and_exit_1(monkeypatch, tmp_path, capsys, arg
     assert last.startswith("train.py: ") and message in last
 
 
-def test_every_registered_stage_is_in_the_help():
-    shipped = [name for name, entry in train.STAGES.items() if entry.build.startswith("pikastream_jax.")]
-    source = Path(train.__file__).read_text()
-    assert f"One of {', '.join(shipped)}." in source
+def test_the_help_lists_every_stage(monkeypatch, capsys):
+    assert command_line(monkeypatch, "--help") == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in train.STAGES)
 
 
 def test_a_run_goes_on_with_another_number_of_devices(tmp_path):
     """Two devices and then one, against one all the way: the same state, whatever the stacks of matrices are filled up to."""
     path = str(Path(__file__).parent)
     code = (
-        f"import sys; sys.path.insert(0, {path!r}); import train, jax; train.STAGES['build'] = train.Entry('toy_stage:build'); "
+        f"import sys; sys.path.insert(0, {path!r}); import train, jax; train.STAGES['toy'] = train.Entry('toy_stage'); "
         "status = train.main(); print(len(jax.devices())); sys.exit(status)"
     )
 
     def run(folder, *arguments):
         done = subprocess.run(
-            [sys.executable, "-c", code, "build", "--out", str(tmp_path / folder), *arguments],
+            [sys.executable, "-c", code, "toy", "--out", str(tmp_path / folder), *arguments],
             cwd=ROOT,
             env=os.environ | {"JAX_PLATFORMS": "cpu"},
             capture_output=True,
@@ -106,10 +128,10 @@ def test_a_run_goes_on_with_another_number_of_devices(tmp_path):
 def test_sigterm_saves_and_exits_0(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import train; "
-        "train.STAGES['endless'] = train.Entry('toy_stage:build_endless'); sys.exit(train.main())"
+        "train.STAGES['endless'] = train.Entry('toy_stage'); sys.exit(train.main())"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "endless", "--out", str(tmp_path)],
+        [sys.executable, "-c", code, "endless", "--updates", "10000000", "--out", str(tmp_path)],
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")},
         stderr=subprocess.PIPE,

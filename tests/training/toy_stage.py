@@ -1,11 +1,14 @@
 """A stage that trains in milliseconds: a small residual MLP on random data, its averaged copy and an extra counter."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.optimiser import OptimiserConfig, ema_update, make_optimiser
+from pikastream_jax.training.settings import Optimiser, StageSettings
 
 
 def initial_params():
@@ -39,7 +42,7 @@ def toy_stage(total_steps=60, seed=0, nan_loss_at=-1, nan_params_at=-1, **change
         extra = {"total_loss": jnp.float32(0), "nan_at": jnp.array([nan_loss_at, nan_params_at])}
         return TrainState(jnp.int32(0), params, optimiser.init(params), params, extra)
 
-    def update(state, key, data):
+    def update(state, key, data, batch):
         loss, gradients = jax.value_and_grad(loss_function)(state.params, key)
         updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -55,22 +58,16 @@ def toy_stage(total_steps=60, seed=0, nan_loss_at=-1, nan_params_at=-1, **change
     return Stage("toy", total_steps, seed, init, update, evaluate=evaluate, **fields)
 
 
-def build(config, seed, init_from, updates=60):
-    del config, init_from
-    return toy_stage(total_steps=updates, seed=seed)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(StageSettings):
+    """Settings of the toy."""
+
+    updates: int = 60
+    batch: int = 32
+    nan_loss_at: int = -1
+    optimiser: Optimiser = OptimiserConfig(3e-2, warmup_steps=5)
 
 
-def build_rated(config, seed, init_from, learning_rate=None):
-    """Keeps the rate that it was asked for in the run's record."""
-    del config, init_from
-    return toy_stage(seed=seed, config={"rate": learning_rate})
-
-
-def build_endless(config, seed, init_from):
-    del config, init_from
-    return toy_stage(total_steps=10_000_000, seed=seed)
-
-
-def build_nan(config, seed, init_from):
-    del config, init_from
-    return toy_stage(seed=seed, nan_loss_at=7)
+def build(config, seed, init, settings):
+    del config, init
+    return toy_stage(total_steps=settings.updates, seed=seed, nan_loss_at=settings.nan_loss_at, config={"stage": settings.record()})

@@ -1,0 +1,46 @@
+"""Too small to ship, large enough to show what every stage of the recipe does within an hour or two on two CPU cores."""
+
+from typing import Any
+
+from pikastream_jax.config import AudioConfig, Config, DiTConfig, FlashVAEConfig, StreamConfig, TextConfig
+
+
+def nano() -> Config:
+    """128x128 pixels: as many latents and tokens as in `tiny`, each of half the side, in narrower models."""
+    return Config(
+        name="nano",
+        audio=AudioConfig(dim=64, blocks=2, heads=2),
+        text=TextConfig(dim=64, heads=2),
+        flash_vae=FlashVAEConfig(
+            latent_channels=12,
+            spatial_stride=8,
+            encoder_dim=96,
+            encoder_blocks=3,
+            encoder_heads=3,
+            encoder_kv_heads=1,
+            decoder_dim=128,
+            decoder_blocks=3,
+            decoder_heads=4,
+            decoder_kv_heads=1,
+            refine_dim=64,
+            refine_blocks=2,
+            refine_heads=2,
+            head_hidden=128,
+        ),
+        dit=DiTConfig(
+            dim=128, heads=4, blocks=5, mlp_dim=384, latent_channels=12, frequency_dim=128, text_dim=64, audio_dim=64
+        ),
+        stream=StreamConfig(height=128, width=128),
+    )
+
+
+# What differs from the stages' own settings, which are those of `tiny`.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "vae_low_res": {"updates": 600, "batch": 32, "crop": 64},
+    "vae_streaming": {"updates": 300, "crop": 128},
+    "audio_pretrain": {"updates": 700},
+    "text_pretrain": {"updates": 300},
+    "latent_reader": {"updates": 600},
+    "dit_pretrain": {"updates": 1_500},
+    "dit_causal": {"updates": 300},
+}

@@ -1,0 +1,51 @@
+"""What every stage can be told: its length, its batch, its optimiser. A stage's own module adds to it."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from pikastream_jax.training.optimiser import OptimiserConfig
+
+Settings = TypeVar("Settings", bound="StageSettings")
+Optimiser = Annotated[OptimiserConfig, tyro.conf.arg(name="")]  # its flags are not called --optimiser.learning-rate but --learning-rate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageSettings:
+    """Settings of a stage; each is a flag of `train.py`."""
+
+    updates: int
+    """Length of the whole run, for which the learning rate's fall is laid out."""
+    batch: int
+    """Rows of an update, over all devices."""
+    optimiser: Optimiser
+    ema: float = 0.99
+    """Decay of the averaged weights, which are evaluated and handed on."""
+
+    def __post_init__(self):
+        for name in ("updates", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema {self.ema} must lie in [0, 1)")
+
+    def record(self) -> dict[str, Any]:
+        """What a run is continued with: everything but its length."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "updates"}
+
+
+def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """The same settings with other values, those of an inner dataclass given as a mapping of their own.
+
+    Raises:
+      ValueError: a name that the settings don't have, or a value that they refuse.
+    """
+    known = {field.name for field in dataclasses.fields(settings)}
+    if unknown := set(changes) - known:
+        raise ValueError(f"{type(settings).__module__} has no setting {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
+    values = {
+        name: changed(getattr(settings, name), value) if isinstance(value, Mapping) else value for name, value in changes.items()
+    }
+    return dataclasses.replace(settings, **values)

@@ -1,0 +1,73 @@
+"""Every stage by name, and which earlier runs hand their weights over to it."""
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+HandOver = Mapping[str, tuple[str, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A stage that can be asked for.
+
+    Attributes:
+      module: has `Settings`, `build` and a docstring; imported when asked for, so that one stage's needs are not every stage's.
+      needs: what `build` must be given, and the runs that hand it over, the best first.
+      takes: the same for what it may be given.
+    """
+
+    module: str
+    needs: HandOver = dataclasses.field(default_factory=dict)
+    takes: HandOver = dataclasses.field(default_factory=dict)
+
+    def load(self) -> ModuleType:
+        return importlib.import_module(self.module)
+
+    def hand_over(self, stage: str, given: Mapping[str, Path], runs: Path) -> dict[str, Path]:
+        """Everything that the stage starts from: what is `given`, and else what lies in the folder `runs`.
+
+        Raises:
+          ValueError: something is given that the stage would not look at, or something needed is neither given nor there.
+        """
+        known = {**self.needs, **self.takes}
+        for name in given:
+            if name not in known:
+                raise ValueError(f"{stage} takes no --init {name}; it takes {', '.join(known) or 'none'}")
+        found = dict(given)
+        for name, candidates in known.items():
+            there = [runs / run for run in candidates if (runs / run).exists()]
+            if name in given:
+                continue
+            if there:
+                found[name] = there[0]
+            elif name in self.needs:
+                raise ValueError(
+                    f"{stage} needs {name}, and {runs} has no {' or '.join(candidates)}: train that first, or give --init {name}=PATH"
+                )
+        return found
+
+
+_PACKAGE = "pikastream_jax.training."
+_VAE = ("vae_adversarial", "vae_streaming")
+_CLIPS = {"clips": ("clips",), "flash_vae": _VAE}
+_READER = {"reader": ("latent_reader",)}
+
+STAGES = {
+    "vae_low_res": Entry(_PACKAGE + "vae_low_res", takes={"flash_vae": ()}),
+    "vae_streaming": Entry(_PACKAGE + "vae_streaming", needs={"flash_vae": ("vae_low_res",)}),
+    "vae_decoder": Entry(_PACKAGE + "vae_decoder", needs={"flash_vae": ("vae_streaming",), "face_reader": ("face_reader",)}),
+    "audio_pretrain": Entry(_PACKAGE + "audio_pretrain"),
+    "text_pretrain": Entry(_PACKAGE + "text_pretrain", needs={"clips": ("clips",)}),
+    "latent_reader": Entry(_PACKAGE + "latent_reader", needs={"clips": ("clips",)}),
+    "face_estimator": Entry(_PACKAGE + "face_estimator"),
+    "dit_pretrain": Entry(
+        _PACKAGE + "dit_pretrain",
+        needs=_CLIPS | _READER | {"audio": ("audio_pretrain",), "text": ("text_pretrain",)},
+        takes={"denoiser": ()},
+    ),
+    "dit_causal": Entry(_PACKAGE + "dit_causal", needs=_CLIPS | _READER | {"denoiser": ("dit_pretrain",)}),
+    "dit_guidance": Entry(_PACKAGE + "dit_guidance", needs=_CLIPS | {"denoiser": ("dit_causal",)}, takes={"guide": ()}),
+}
