@@ -1,6 +1,7 @@
 """One chunk: sound in, video frames out. `step` is the only program that runs while a stream is live."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +78,34 @@ def write_chunk(config: Config, state: StreamState, chunk: KeysValues) -> Stream
     )
 
 
+def chunk_velocity(
+    models: Models, params: Params, state: StreamState, conditions: Conditions
+) -> Callable[[Float[Array, "b f r c z"], Float[Array, "b f"]], tuple[Float[Array, "b f r c z"], KeysValues]]:
+    """The network as one denoising step of this chunk sees it: (x_t, t) -> velocity, and the keys and values that the cache would take.
+
+    The cached keys are turned to their places relative to this chunk once; all denoising steps read the turned copy.
+    """
+    config = models.config
+    stream, n = config.stream, config.tokens_per_frame
+    denoiser = models.denoiser.bind(params)
+    places = grid_positions(slot_times(config, state.ring_count), *config.token_grid)
+    cache = KeysValues(rotate(state.dit_k, rope_tables(*places, config.dit.head_dim)), state.dit_v)
+
+    def velocity(x, t):
+        return denoiser.dit.forward_chunk(
+            x,
+            t,
+            conditions,
+            cache,
+            fixed_slots=(1 + stream.sink) * n,
+            fixed_valid=(1 + state.sink_count) * n,
+            ring_valid=jnp.minimum(state.ring_count, stream.window) * n,
+            kept=stream.chunk,
+        )
+
+    return velocity
+
+
 def denoise_chunk(
     models: Models, params: Params, state: StreamState, conditions: Conditions, noise: Float[Array, "b f r c z"]
 ) -> tuple[StreamState, Float[Array, "b f r c z"]]:
@@ -88,38 +117,38 @@ def denoise_chunk(
       conditions: of all latent frames in flight.
       noise: a new chunk at t = 1.
     """
-    config = models.config
-    stream, n = config.stream, config.tokens_per_frame
-    denoiser = models.denoiser.bind(params)
-    b = noise.shape[0]
+    state, latents, _ = denoise_trajectory(models, params, state, conditions, noise)
+    return state, latents
 
-    # The cached keys are turned to their places relative to this chunk once; all denoising steps read the turned copy.
-    rows, columns = config.token_grid
-    places = grid_positions(slot_times(config, state.ring_count), rows, columns)
-    cache = KeysValues(rotate(state.dit_k, rope_tables(*places, config.dit.head_dim)), state.dit_v)
-    forward = dict(
-        fixed_slots=(1 + stream.sink) * n,
-        fixed_valid=(1 + state.sink_count) * n,
-        ring_valid=jnp.minimum(state.ring_count, stream.window) * n,
-        kept=stream.chunk,
-    )
+
+def denoise_trajectory(
+    models: Models, params: Params, state: StreamState, conditions: Conditions, noise: Float[Array, "b f r c z"]
+) -> tuple[StreamState, Float[Array, "b f r c z"], Float[Array, "passes b w r c z"]]:
+    """`denoise_chunk`, and what every pass started from: all latent frames in flight at the timesteps of `passes`.
+
+    Training asks one of those passes again, with gradient (`training.roll_out`). A stream leaves them unused, and a compiled step does
+    not keep what is unused.
+    """
+    config = models.config
+    stream = config.stream
+    velocity_of = chunk_velocity(models, params, state, conditions)
 
     def euler(carry, times):
         x, _ = carry
         t, t_next = (jnp.broadcast_to(time, x.shape[:2]) for time in times)
-        velocity, own = denoiser.dit.forward_chunk(x, t, conditions, cache, **forward)
-        return (x + (t_next - t)[..., None, None, None] * velocity, own), None
+        velocity, own = velocity_of(x, t)
+        return (x + (t_next - t)[..., None, None, None] * velocity, own), x
 
     start = jnp.concatenate([state.buffer.latents, noise], axis=1)
-    ones = jnp.ones(start.shape[:2])
-    own = jax.eval_shape(lambda x: denoiser.dit.forward_chunk(x, ones, conditions, cache, **forward)[1], start)
+    own = jax.eval_shape(lambda x: velocity_of(x, jnp.ones(x.shape[:2]))[1], start)
     own = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), own)
-    (x, own), _ = jax.lax.scan(euler, (start, own), passes(stream), unroll=stream.unroll_steps)
+    (x, own), trajectory = jax.lax.scan(euler, (start, own), passes(stream), unroll=stream.unroll_steps)
     latents = x[:, : stream.chunk]
     if stream.clean_pass:
-        _, own = denoiser.dit.forward_chunk(latents, jnp.zeros((b, stream.chunk)), conditions, cache, **forward)
+        _, own = velocity_of(latents, jnp.zeros(latents.shape[:2]))
     state = write_chunk(config, state, own)
-    return dataclasses.replace(state, buffer=dataclasses.replace(state.buffer, latents=x[:, stream.chunk :])), latents
+    state = dataclasses.replace(state, buffer=dataclasses.replace(state.buffer, latents=x[:, stream.chunk :]))
+    return state, latents, trajectory
 
 
 def generate_step(

@@ -1,0 +1,94 @@
+"""Reward feedback learning (ReFL, Xu et al. 2023, https://arxiv.org/abs/2304.05977): from latents to pixels, rewards and a loss.
+
+FlashVAE decodes as in a stream, latent frame by latent frame with its rolling cache. In training every latent frame is decoded a second
+time when its gradient is taken, so that memory holds one frame's activations and not the clip's.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pikastream_jax.flash_vae import FlashVAE, KVCache
+from pikastream_jax.flash_vae.latents import LatentStatistics
+from pikastream_jax.nn.layers import Params
+from pikastream_jax.rewards import REWARDS, Rewards, Shown, canonical
+from pikastream_jax.rewards.shown import MEL_PER_LATENT
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardWeights:
+    """How much of each reward's gradient counts; 0 leaves it out, and it is still scored."""
+
+    identity: float = 1.0
+    lip_sync: float = 1.0
+    motion: float = 1.0
+    artifact: float = 1.0
+
+    def __post_init__(self):
+        for name, weight in dataclasses.asdict(self).items():
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"the weight {weight} of reward {name} must be finite and at least 0")
+        if not self.used():
+            raise ValueError("all rewards have weight 0: there is nothing to climb, give one of them a weight")
+
+    def used(self) -> dict[str, float]:
+        """The weights above 0."""
+        return {name: getattr(self, name) for name in REWARDS if getattr(self, name)}
+
+
+def decode_frames(
+    vae: FlashVAE, statistics: LatentStatistics, cache: KVCache, latents: Float[Array, "b f r c z"]
+) -> tuple[KVCache, Float[Array, "b t h w 3"]]:
+    """Normalised latents to pixels, one latent frame after another; gradients decode each frame anew."""
+
+    @jax.checkpoint
+    def step(cache, latent):
+        return vae.decode_step(cache, statistics.restore(latent))
+
+    cache, frames = jax.lax.scan(step, cache, latents.swapaxes(0, 1))
+    frames = frames.swapaxes(0, 1)
+    return cache, frames.reshape(frames.shape[0], -1, *frames.shape[3:])
+
+
+def decode_from(vae: FlashVAE, statistics: LatentStatistics, before: Float[Array, "b p r c z"], latents: Float[Array, "b f r c z"]) -> Float[Array, "b t h w 3"]:
+    """Pixels of latent frames that come after others: those only fill the cache, without gradient."""
+    cache = vae.init_decode_cache(latents.shape[0], *latents.shape[2:4])
+    if before.shape[1]:
+        cache, _ = decode_frames(vae, statistics, cache, before)
+    return decode_frames(vae, statistics, jax.lax.stop_gradient(cache), latents)[1]
+
+
+def reference_picture(vae: FlashVAE, statistics: LatentStatistics, reference: Float[Array, "b r c z"]) -> Float[Array, "b h w 3"]:
+    """The picture that a reference's latents stand for: the last of its equal video frames."""
+    nothing = jnp.zeros((reference.shape[0], 0, *reference.shape[1:]))
+    return decode_from(vae, statistics, nothing, reference[:, None])[:, -1]
+
+
+def as_shown(pixels: Float[Array, "b t h w 3"], reference: Float[Array, "b h w 3"], mel: Float[Array, "b f m k"]) -> Shown:
+    """What a reward looks at.
+
+    Args:
+      mel: every latent frame's whole slice.
+    """
+    return Shown(canonical(pixels), jax.lax.stop_gradient(canonical(reference)), mel[:, :, -MEL_PER_LATENT:])
+
+
+def reward_loss(
+    rewards: Rewards, params: dict[str, Params], shown: Shown, weights: RewardWeights, clip: float
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """ReFL's surrogate, whose gradient by the video is minus the clipped and weighted sum of the rewards', a row's share of it; and mean scores.
+
+    Args:
+      clip: largest norm of one reward's gradient over one row.
+    """
+    still = dataclasses.replace(shown, video=jax.lax.stop_gradient(shown.video))
+    scores, direction = rewards.gradient(params, still, weights.used(), clip)
+    loss = -jnp.sum(jax.lax.stop_gradient(direction) * shown.video) / shown.video.shape[0]
+    return loss, {name: jnp.mean(score) for name, score in scores.items()}
+
+
+def climbed(scores: dict[str, Float[Array, ""]], weights: RewardWeights) -> Float[Array, ""]:
+    """The weighted sum of mean scores: what the stages with rewards raise."""
+    return sum(weight * scores[name] for name, weight in weights.used().items())
