@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pikastream_jax.rewards.network import Calibration, Trunk, unit
+from pikastream_jax.rewards.network import Calibration, Trunk, halved, unit
 from pikastream_jax.rewards.shown import FRAMES_PER_LATENT, Shown
 
 DIM = 96  # of an embedding
@@ -21,20 +21,23 @@ class IdentityReward(nnx.Module):
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.whole = Trunk(64, 64, 3, 4, (32, 64, 96), 128, rngs=rngs)  # at half the size: hair, shape of the head, clothes
-        self.face = Trunk(64, 64, 3, 4, (32, 64, 96), 128, rngs=rngs)
+        self.face = Trunk(64, 64, 3, 2, (24, 48, 64, 96), 128, rngs=rngs)
         self.mix = nnx.Linear(256, DIM, rngs=rngs)
+        self.gain = nnx.Param(jnp.ones(DIM))  # what each feature is worth in the comparison
         self.calibration = Calibration()
 
     def features(self, pictures: Float[Array, "n 128 128 3"]) -> Float[Array, "n d"]:
-        """The embedding before it is brought to unit length."""
-        n, h, w, c = pictures.shape
-        small = pictures.reshape(n, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
-        both = jnp.concatenate([self.whole(small), self.face(pictures[:, *_FACE])], axis=-1)
+        """What the embedding is made of; training makes the first of them parameters of the face, each of unit variance over people."""
+        both = jnp.concatenate([self.whole(halved(pictures)), self.face(pictures[:, *_FACE])], axis=-1)
         return self.mix(jax.nn.gelu(both))
 
     def embed(self, pictures: Float[Array, "n 128 128 3"]) -> Float[Array, "n d"]:
         """Who is in each picture, as a vector of unit length."""
-        return unit(self.features(pictures))
+        return self.compared(self.features(pictures))
+
+    def compared(self, features: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        """Features weighted by what they are worth, at unit length."""
+        return unit(self.gain[...] * features)
 
     def raw(self, shown: Shown) -> Float[Array, " b"]:
         """Mean cosine, before calibration."""

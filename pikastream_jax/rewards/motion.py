@@ -1,6 +1,6 @@
 """Does it move like somebody who talks? A classifier of true motion against motion that is reversed, shuffled, frozen, shaky or generated.
 
-It sees the middle of the picture coarsely, as colours and as change from frame to frame, and says something about every frame; the score is the
+It sees the middle of the picture at half its size, as colours and as change from frame to frame, and says something about every frame; the score is the
 mean. So clips of any length are judged, and a stretch that is wrong costs its share.
 """
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pikastream_jax.rewards.network import Calibration, Trunk
+from pikastream_jax.rewards.network import Calibration, Trunk, halved
 from pikastream_jax.rewards.shown import Shown
 
 HEAD = (slice(16, 112), slice(20, 108))  # rows and columns of a 128x128 picture that hold the head in all its motions
@@ -23,7 +23,7 @@ class MotionReward(nnx.Module):
 
     def __init__(self, *, rngs: nnx.Rngs):
         height, width = HEAD[0].stop - HEAD[0].start, HEAD[1].stop - HEAD[1].start
-        self.frame = Trunk(height, width, 6, 8, (40, 64, 96), _DIM, rngs=rngs)
+        self.frame = Trunk(height // 2, width // 2, 6, 4, (40, 64, 96), _DIM, rngs=rngs)
         self.norms = nnx.List([nnx.LayerNorm(_DIM, rngs=rngs) for _ in _DILATIONS])
         self.times = nnx.List([nnx.Conv(_DIM, _DIM, (5,), kernel_dilation=d, rngs=rngs) for d in _DILATIONS])
         self.norm_out = nnx.LayerNorm(_DIM, rngs=rngs)
@@ -32,10 +32,10 @@ class MotionReward(nnx.Module):
 
     def logits(self, video: Float[Array, "b t 128 128 3"]) -> Float[Array, "b s"]:
         """What each frame but the first says, from itself and the frames around it."""
-        return self.logits_of_heads(video[:, :, *HEAD])
+        return self.logits_of_heads(halved(video[:, :, *HEAD]))
 
     def logits_of_heads(self, heads: Float[Array, "b t h w 3"]) -> Float[Array, "b s"]:
-        """The same for pictures cut to `HEAD`."""
+        """The same for pictures cut to `HEAD` and `halved`."""
         change = _GAIN * (heads[:, 1:] - heads[:, :-1])
         seen = jnp.concatenate([heads[:, 1:], change], axis=-1)
         b, s = seen.shape[:2]

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from pikastream_jax.nn.patch import patchify
+
 
 class Calibration(nnx.Module):
     """Puts a score on the scale of true clips: zero mean and unit variance over held-out ones.
@@ -49,7 +51,8 @@ class Trunk(nnx.Module):
         channels: of the patches and of each grid after them, each half as fine as the one before.
         dim: of the vector.
         """
-        self.patch = nnx.Conv(planes, channels[0], (patch, patch), strides=patch, padding="VALID", rngs=rngs)
+        self.size = patch
+        self.patch = nnx.Linear(patch * patch * planes, channels[0], rngs=rngs)  # on a CPU three times as fast as a convolution with strides
         self.halves = nnx.List([Halve(a, b, rngs=rngs) for a, b in zip(channels[:-1], channels[1:], strict=True)])
         rows, columns = height // patch, width // patch
         for _ in channels[1:]:
@@ -58,10 +61,17 @@ class Trunk(nnx.Module):
         self.out = nnx.Linear(rows * columns * channels[-1], dim, rngs=rngs)
 
     def __call__(self, pixels: Float[Array, "n h w c"]) -> Float[Array, "n d"]:
-        x = jax.nn.gelu(self.patch(pixels))
+        n, h, w, _ = pixels.shape
+        x = jax.nn.gelu(self.patch(patchify(pixels, self.size))).reshape(n, h // self.size, w // self.size, -1)
         for half in self.halves:
             x = half(x)
         return self.out(self.norm(x).reshape(len(x), -1))
+
+
+def halved(pictures: Float[Array, "*b h w 3"]) -> Float[Array, "*b i j 3"]:
+    """Half the size each way by the mean of 2x2 pixels."""
+    *batch, h, w, c = pictures.shape
+    return pictures.reshape(*batch, h // 2, 2, w // 2, 2, c).mean(axis=(-4, -2))
 
 
 def unit(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:

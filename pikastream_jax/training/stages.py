@@ -63,6 +63,7 @@ STAGES = {
     "text_pretrain": Entry(_PACKAGE + "text_pretrain", needs={"clips": ("clips",)}),
     "latent_reader": Entry(_PACKAGE + "latent_reader", needs={"clips": ("clips",)}),
     "face_estimator": Entry(_PACKAGE + "face_estimator"),
+    **{f"reward_{name}": Entry(f"{_PACKAGE}reward_{name}", takes={"flash_vae": _VAE}) for name in ("identity", "lip_sync", "motion", "artifact")},
     "dit_pretrain": Entry(
         _PACKAGE + "dit_pretrain",
         needs=_CLIPS | _READER | {"audio": ("audio_pretrain",), "text": ("text_pretrain",)},
