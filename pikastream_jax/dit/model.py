@@ -6,6 +6,8 @@ its place in time is `reference_distance` latent frames after the last frame of 
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +16,11 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import chunked_attention, frame_attention, ring_attention
 from pikastream_jax.config import DiTConfig
-from pikastream_jax.dit.block import DiTBlock, OutputHead
+from pikastream_jax.dit.block import Attention, DiTBlock, OutputHead
+from pikastream_jax.dit.layers import run_blocks
 from pikastream_jax.nn.layers import MLP
 from pikastream_jax.nn.patch import patchify, unpatchify
+from pikastream_jax.nn.placement import gather_frames, place_frames
 from pikastream_jax.nn.rope import grid_positions, rope_tables, rotate
 
 
@@ -66,6 +70,7 @@ class DiT(nnx.Module):
         self.time_projection = nnx.Linear(d, 6 * d, rngs=rngs)
         self.motion_embed = nnx.Linear(config.motion, d, use_bias=False, kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
         self.blocks = nnx.List([DiTBlock(config, rngs=rngs) for _ in range(config.blocks)])
+        self.rematerialise = "none"  # see `run_blocks`; training changes both, see `training/training_form.py`
         self.head = OutputHead(config, rngs=rngs)
 
     # Conditions
@@ -73,11 +78,17 @@ class DiT(nnx.Module):
     def text_keys_values(self, text: Float[Array, "b s l c"]) -> KeysValues:
         """Every layer's keys and values of the text tokens; once per prompt."""
         context = self.text_embed(text)
-        return _stack([block.text_attention.keys_values(context) for block in self.blocks])
+        return self._context_keys_values(lambda block: block.text_attention, context)
 
     def audio_keys_values(self, audio: Float[Array, "b f a c"]) -> KeysValues:
         """Every layer's keys and values of the audio tokens; once per chunk."""
-        return _stack([block.audio_attention.keys_values(audio) for block in self.blocks])
+        return self._context_keys_values(lambda block: block.audio_attention, audio)
+
+    def _context_keys_values(self, attention: Callable[[DiTBlock], Attention], context: Float[Array, "b s l c"]) -> KeysValues:
+        def project(block, x, layers, layer):
+            return x, attention(block).keys_values(context)
+
+        return KeysValues(*run_blocks(self.blocks, project, None, None, self.rematerialise)[1])
 
     def reference_keys_values(self, reference: Float[Array, "b r c z"]) -> KeysValues:
         """Every layer's keys and values [layers, b, n, h, e] of a reference's latents; once per reference.
@@ -90,15 +101,17 @@ class DiT(nnx.Module):
         still = jnp.zeros((*x.shape[:2], self.config.motion))
         _, time = self._time(jnp.zeros(x.shape[:2]), still)
         tables = rope_tables(*grid_positions(jnp.zeros(1), rows, columns), self.config.head_dim)
-        collected = []
 
-        def attend(q, k, v):
-            collected.append((k[:, 0], v[:, 0]))
-            return frame_attention(rotate(q, tables), rotate(k, tables), v, impl=self.impl)
+        def through(block, x, layers, layer):
+            own = []
 
-        for block in self.blocks:
-            x = block(x, time, attend, None, None)
-        return _stack(collected)
+            def attend(q, k, v):
+                own.extend((k[:, 0], v[:, 0]))
+                return frame_attention(rotate(q, tables), rotate(k, tables), v, impl=self.impl)
+
+            return block(place_frames(x), time, attend, None, None), tuple(own)
+
+        return KeysValues(*run_blocks(self.blocks, through, x, None, self.rematerialise)[1])
 
     # The network
 
@@ -135,10 +148,10 @@ class DiT(nnx.Module):
         absolute = rope_tables(*grid_positions(jnp.tile(frame, copies), rows, columns), head_dim)
         to_last = rope_tables(*grid_positions(jnp.tile(frame - last, (1, copies)), rows, columns), head_dim)
         anchor = rope_tables(*grid_positions(reference_distance[:, None], rows, columns), head_dim)
-        reference_k = None if reference is None else rotate(reference.k, anchor)
+        reference = None if reference is None else KeysValues(rotate(reference.k, anchor), reference.v)
 
-        def attend_self(layer, q, k, v):
-            q, k, v = (x.reshape(b, copies * f * n, *x.shape[3:]) for x in (q, k, v))
+        def attend_self(reference, layer, q, k, v):
+            q, k, v = (x.reshape(b, copies * f * n, *x.shape[3:]) for x in (q, gather_frames(k), gather_frames(v)))
             out = chunked_attention(
                 rotate(q, absolute),
                 rotate(k, absolute),
@@ -146,12 +159,12 @@ class DiT(nnx.Module):
                 chunk_ids=chunk_ids,
                 window=window,
                 copies=copies,
-                fixed=None if reference is None else (rotate(q, to_last), reference_k[layer], reference.v[layer]),
+                fixed=None if reference is None else (rotate(q, to_last), reference.k[layer], reference.v[layer]),
                 impl=self.impl,
             )
-            return out.reshape(b, copies * f, n, *out.shape[2:])
+            return out.reshape(b, copies * f, n, *out.shape[2:]), None
 
-        return self._run(latents, t, conditions, attend_self)
+        return self._run(latents, t, conditions, attend_self, reference)[0]
 
     def forward_chunk(
         self,
@@ -176,11 +189,9 @@ class DiT(nnx.Module):
         rows, columns = (size // self.config.patch for size in latents.shape[2:4])
         n = rows * columns
         here = rope_tables(*grid_positions(jnp.arange(1.0 - f, 1.0), rows, columns), self.config.head_dim)
-        collected = []
 
-        def attend_self(layer, q, k, v):
+        def attend_self(cache, layer, q, k, v):
             q, k, v = (x.reshape(b, f * n, *x.shape[3:]) for x in (q, k, v))
-            collected.append((k[:, : kept * n], v[:, : kept * n]))
             out = ring_attention(
                 rotate(q, here),
                 rotate(k, here),
@@ -193,10 +204,9 @@ class DiT(nnx.Module):
                 ring_valid=ring_valid,
                 impl=self.impl,
             )
-            return out.reshape(b, f, n, *out.shape[2:])
+            return out.reshape(b, f, n, *out.shape[2:]), KeysValues(k[:, : kept * n], v[:, : kept * n])
 
-        velocity = self._run(latents, t, conditions, attend_self)
-        return velocity, _stack(collected)
+        return self._run(latents, t, conditions, attend_self, cache)
 
     def _time(self, t: Float[Array, "b f"], motion: Float[Array, "b f m"]) -> tuple[Float[Array, "b f d"], Float[Array, "b f 6 d"]]:
         """Embedding and projection of every latent frame's timestep and motion.
@@ -216,37 +226,44 @@ class DiT(nnx.Module):
     def _tokens(self, latents: Float[Array, "*b r c z"]) -> Float[Array, "*b n d"]:
         return self.patch_in(patchify(latents.astype(self.dtype), self.config.patch))
 
-    def _run(self, latents, t, conditions: Conditions, attend_self) -> Float[Array, "b f r c z"]:
+    def _run(self, latents, t, conditions: Conditions, attend_self: Callable, own: Any) -> tuple[Float[Array, "b f r c z"], Any]:
+        """Velocity, and what the layers' self-attention gave back.
+
+        Args:
+          attend_self: (own, layer, q, k, v) -> (attended values, what the layer gives back).
+          own: arrays [layers, ...] of which self-attention in every layer reads its own part.
+        """
         b, f, height, width, _ = latents.shape
         patch = self.config.patch
         x = self._tokens(latents)
         embedding, time = self._time(t, conditions.motion)
         text_groups = conditions.text_valid.shape[1]
 
-        for layer, block in enumerate(self.blocks):
+        def through(block, x, layers, layer):
+            text, audio, own = layers
+            given = []
 
-            def attend_text(q, layer=layer):
+            def attend(q, k, v):
+                out, back = attend_self(own, layer, q, k, v)
+                given.append(back)
+                return out
+
+            def attend_text(q):
                 grouped = q.reshape(b, text_groups, -1, *q.shape[3:])
-                text = conditions.text
                 out = frame_attention(grouped, text.k[layer], text.v[layer], valid=conditions.text_valid, impl=self.impl)
                 return out.reshape(q.shape)
 
-            def attend_audio(q, layer=layer):
-                return frame_attention(q, conditions.audio.k[layer], conditions.audio.v[layer], impl=self.impl)
+            def attend_audio(q):
+                return frame_attention(q, audio.k[layer], audio.v[layer], impl=self.impl)
 
-            def attend(q, k, v, layer=layer):
-                return attend_self(layer, q, k, v)
+            return block(place_frames(x), time, attend, attend_text, attend_audio), given[0]
 
-            x = block(x, time, attend, attend_text, attend_audio)
-        return unpatchify(self.head(x, embedding).astype(jnp.float32), patch, height // patch, width // patch)
+        x, given = run_blocks(self.blocks, through, x, (conditions.text, conditions.audio, own), self.rematerialise)
+        velocity = unpatchify(self.head(x, embedding).astype(jnp.float32), patch, height // patch, width // patch)
+        return velocity, given
 
 
 def _product(linear: nnx.Linear, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
     kernel = linear.kernel[...]
     out = jnp.matmul(x.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
     return out if linear.bias is None else out + linear.bias[...]
-
-
-def _stack(pairs: list[tuple[Array, Array]]) -> KeysValues:
-    keys, values = zip(*pairs, strict=True)
-    return KeysValues(jnp.stack(keys), jnp.stack(values))

@@ -38,14 +38,15 @@ from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.training.previews import save_preview
-from pikastream_jax.training.settings import Optimiser, StageSettings
+from pikastream_jax.training.settings import DiTSettings, Optimiser, StageSettings
+from pikastream_jax.training.training_form import training_form
 from pikastream_jax.weights.safetensors_io import restore_into
 
 MORE_NOISE = 1 / 3  # share of chunks that are moved to pure noise, where a step decides what the chunk will show
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(StageSettings):
+class Settings(DiTSettings):
     """Settings of the stage; a row of a batch is a window of a clip."""
 
     updates: int = 500
@@ -178,7 +179,7 @@ def record(config: Config, settings: StageSettings) -> dict[str, Any]:
 
 def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) -> Stage:
     """The stage. `init` names `clips`, `reader`, `flash_vae` (for pictures) and `denoiser`, the pre-trained teacher."""
-    model = functional(lambda rngs: Denoiser(config, rngs=rngs))
+    model = training_form(functional(lambda rngs: Denoiser(config, rngs=rngs)), settings.form)
     reader = reader_model(config)
     optimiser = make_optimiser(model.abstract, settings.optimiser, settings.updates)
 
@@ -216,6 +217,6 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         config=record(config, settings),
         evaluate=lambda state: held_out(state.ema, data()),
         evaluate_every=100,
-        sample=sampler(config, model, init, data, settings.latent_frames),
+        sample=sampler(config, functional(lambda rngs: Denoiser(config, rngs=rngs)), init, data, settings.latent_frames),
         sample_every=150,
     )

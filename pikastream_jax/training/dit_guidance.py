@@ -38,12 +38,13 @@ from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.training.sampling import Guidance, guided
-from pikastream_jax.training.settings import Optimiser, StageSettings
+from pikastream_jax.training.settings import DiTSettings, Optimiser
+from pikastream_jax.training.training_form import training_form
 from pikastream_jax.weights.safetensors_io import restore_into
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(StageSettings):
+class Settings(DiTSettings):
     """Settings of the stage. A scale of 1 is no guidance."""
 
     updates: int = 200
@@ -68,7 +69,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
     """The stage. `init` names `clips`, `flash_vae` (for pictures) and `denoiser`, the student of `dit_causal` to start from and to guide; or to
     start from alone, where it names a `guide`.
     """
-    model = functional(lambda rngs: Denoiser(config, rngs=rngs))
+    model = training_form(functional(lambda rngs: Denoiser(config, rngs=rngs)), settings.form)
     optimiser = make_optimiser(model.abstract, settings.optimiser, settings.updates)
 
     def weights(name: str) -> Params:
@@ -104,6 +105,6 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         config=record(config, settings),
         evaluate=lambda state: held_out(state.ema, data()),
         evaluate_every=50,
-        sample=sampler(config, model, init, data, settings.latent_frames),
+        sample=sampler(config, functional(lambda rngs: Denoiser(config, rngs=rngs)), init, data, settings.latent_frames),
         sample_every=100,
     )

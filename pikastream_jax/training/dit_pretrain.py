@@ -28,12 +28,13 @@ from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.training.previews import save_preview
 from pikastream_jax.training.sampling import bidirectional_velocity, sample_teacher
-from pikastream_jax.training.settings import Optimiser, StageSettings
+from pikastream_jax.training.settings import DiTSettings, Optimiser
+from pikastream_jax.training.training_form import training_form
 from pikastream_jax.weights.safetensors_io import restore_into
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(StageSettings):
+class Settings(DiTSettings):
     """Settings of the stage; a row of a batch is a window of a clip."""
 
     updates: int = 3_000
@@ -61,7 +62,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
     def build_model(rngs):
         return Denoiser(config, rngs=rngs)
 
-    model = functional(build_model)
+    model = training_form(functional(build_model), settings.form)
     optimiser = make_optimiser(model.abstract, settings.optimiser, settings.updates)
 
     def initial_state() -> TrainState:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from pikastream_jax.training.optimiser import OptimiserConfig
+from pikastream_jax.training.training_form import Form
 
 Settings = TypeVar("Settings", bound="StageSettings")
 Optimiser = Annotated[OptimiserConfig, tyro.conf.arg(name="")]  # its flags are not called --optimiser.learning-rate but --learning-rate
@@ -34,6 +35,13 @@ class StageSettings:
     def record(self) -> dict[str, Any]:
         """What a run is continued with: everything but its length."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "updates"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiTSettings(StageSettings):
+    """Settings of a stage that trains a DiT, which `training_form(model, settings.form)` computes."""
+
+    form: Annotated[Form, tyro.conf.arg(name="")] = Form()
 
 
 def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:

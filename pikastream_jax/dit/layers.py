@@ -1,0 +1,64 @@
+"""How the DiT's blocks follow one another: written out, as it is served, or scanned over stacked weights, as large models are trained.
+
+A scan compiles one block instead of all, and keeps for the backward pass what its policy says. On a GPU it copies each block's weights out
+of the stack in every iteration, which is why serving writes the blocks out.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import PyTree
+
+from pikastream_jax.dit.block import DiTBlock
+
+# What a block's backward pass finds kept: everything, the results of products with weights, or its input alone.
+REMATERIALISE = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+# (block, x, layers, layer) -> (x, what the layer gives back); the layer's own part of every leaf of `layers` is `leaf[layer]`.
+Body = Callable[[DiTBlock, Any, PyTree, int], tuple[Any, PyTree]]
+
+
+class ScannedBlocks(nnx.Module):
+    """Blocks as one block whose every parameter has a leading axis of layers."""
+
+    def __init__(self, blocks: Sequence[DiTBlock]):
+        states = [nnx.state(block) for block in blocks]
+        self.block = nnx.merge(nnx.graphdef(blocks[0]), jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
+
+
+def run_blocks(blocks: Sequence[DiTBlock] | ScannedBlocks, body: Body, x: Any, layers: PyTree, rematerialise: str) -> tuple[Any, PyTree]:
+    """`x` through `body` for one block after another.
+
+    Args:
+      layers: arrays [layers, ...]: what each layer has of its own beside its parameters.
+      rematerialise: a name of `REMATERIALISE`.
+
+    Returns:
+      The last x, and what the layers gave back, stacked.
+    """
+
+    def kept(function: Callable, scanned: bool) -> Callable:
+        if rematerialise == "none":
+            return function
+        return jax.checkpoint(function, policy=REMATERIALISE[rematerialise], prevent_cse=not scanned)
+
+    if isinstance(blocks, ScannedBlocks):
+        graph, state = nnx.split(blocks.block)
+
+        def step(x, own):
+            parameters, layer = own
+            return body(nnx.merge(graph, parameters), x, jax.tree.map(lambda leaf: leaf[None], layer), 0)
+
+        return jax.lax.scan(kept(step, True), x, (state, layers))
+    results = []
+    for layer, block in enumerate(blocks):
+        x, result = kept(lambda x, layer=layer, block=block: body(block, x, layers, layer), False)(x)
+        results.append(result)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
