@@ -13,6 +13,8 @@ import tyro
 
 from configs import preset, stage_settings
 from pikastream_jax.training.loop import NonFiniteError, run
+from pikastream_jax.training.mesh import make_mesh
+from pikastream_jax.training.processes import Processes
 from pikastream_jax.training.settings import changed
 from pikastream_jax.training.stages import STAGES, Entry
 
@@ -35,8 +37,18 @@ class Run:
     """Stop after this many updates; the run can be continued."""
     minutes: float | None = None
     """Stop after about this many minutes; the run can be continued."""
+    fsdp: int = 1
+    """Split the model over this many devices. The rest of the devices split the batch."""
+    sequence: int = 1
+    """Split the latent frames of long clips over this many devices."""
     cpu_devices: int = 1
-    """Without an accelerator: split the batch over this many devices, one to a core; it gains little, see docs/training.md."""
+    """Without an accelerator: pose as this many devices, one to a core; it gains little, see docs/training.md."""
+    processes: int = 1
+    """How many processes, one to a machine as a rule, run this command together, each with its own --process; --out lies where all see it."""
+    process: int | None = None
+    """Which of them this is, from 0."""
+    coordinator: str | None = None
+    """HOST:PORT where process 0 waits for the others."""
 
     @property
     def runs_folder(self) -> Path:
@@ -80,10 +92,12 @@ def _train(name: str, entry: Entry, flags: list[str]) -> None:
         raise ValueError(f"--cpu-devices {how.cpu_devices} must be at least 1")
     if how.cpu_devices > 1:
         jax.config.update("jax_num_cpu_devices", how.cpu_devices)
+    Processes(how.coordinator, how.processes, how.process).join()
+    mesh = make_mesh(how.fsdp, how.sequence)
     init = entry.hand_over(name, parse_init(how.init), how.runs_folder)
     stage = module.build(config, how.seed, init, told.settings)
     try:
-        run(stage, how.out or how.runs_folder / name, minutes=how.minutes, steps=how.steps)
+        run(stage, how.out or how.runs_folder / name, minutes=how.minutes, steps=how.steps, mesh=mesh)
     except NonFiniteError as error:
         raise ValueError(str(error)) from error
 

@@ -52,11 +52,12 @@ class Checkpoints:
         return self._checkpointer.checkpointables_metadata(step).custom_metadata
 
     def restore(self, step: int, like: Any) -> Any:
-        """Reads the state of `step` into the structure of `like`, in host memory.
+        """Reads the state of `step` into the structure of `like`.
 
         Args:
           step: a saved step.
-          like: pytree of arrays or `jax.ShapeDtypeStruct`s.
+          like: pytree of `jax.ShapeDtypeStruct`s, whose shardings say where the leaves shall lie, whatever mesh they were
+            saved from; without one, on this process's first device.
 
         Raises:
           ValueError: the stored leaves are not those of `like`, each difference named.
@@ -75,8 +76,8 @@ class Checkpoints:
                 f"checkpoint {self.path(step)} does not fit this stage: {'; '.join(problems)}. "
                 "Use the configuration it was made with, or another run folder."
             )
-        abstract = {name: _here(leaf) for name, leaf in wanted.items()}
-        loaded = jax.device_get(self._checkpointer.load_checkpointables(step, {_STATE: abstract})[_STATE])
+        abstract = {name: _here(leaf) if leaf.sharding is None else leaf for name, leaf in wanted.items()}
+        loaded = self._checkpointer.load_checkpointables(step, {_STATE: abstract})[_STATE]
         return jax.tree.unflatten(jax.tree.structure(like), [loaded[name] for name in wanted])
 
     def ema(self, step: int) -> safetensors_io.Params:

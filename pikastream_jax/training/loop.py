@@ -19,13 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree
 from tqdm import tqdm
 
 from pikastream_jax.training.checkpoint import CHECKPOINTS, Checkpoints
-from pikastream_jax.training.mesh import replicate, replicated
+from pikastream_jax.training.mesh import make_mesh, placed, put, put_batch, replicate, replicated
 from pikastream_jax.training.metrics import METRICS_FILE, MetricsFile, convergence_verdict
 from pikastream_jax.training.optimiser import ema_update
+from pikastream_jax.training.processes import any_process, gather, is_first, on_one_device, on_the_host, passing_folder
 from pikastream_jax.training.signals import StopRequest, stop_on_signal
 
 
@@ -110,6 +112,7 @@ def run(
     steps: int | None = None,
     save_every_minutes: float = 5.0,
     log_every: int = 10,
+    mesh: Mesh | None = None,
 ) -> TrainState:
     """Trains `stage` in `out_dir` until it is complete, its time is up, or the process is asked to stop; then saves.
 
@@ -122,21 +125,23 @@ def run(
       steps: stop after this many updates in this stretch; the run can be resumed.
       save_every_minutes: time between checkpoints. One is always written on leaving.
       log_every: updates averaged into a row of metrics. Nothing waits for the device in between.
+      mesh: the devices; by default all of them in the axis `data`. A run can go on on another mesh, and in another number of processes.
 
     Returns:
       The state after the last update of this stretch.
 
     Raises:
-      ValueError: the folder holds another stage, seed or configuration.
+      ValueError: the folder holds another stage, seed or configuration, or the mesh divides neither model nor batch.
       NonFiniteError: see there. The folder's checkpoints are all finite.
     """
     for name, value in {"minutes": minutes, "steps": steps, "log_every": log_every}.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be above 0, got {value}")
     with stop_on_signal() as stop_request:
-        stretch = _Stretch(stage, Path(out_dir), log_every)
+        stretch = _Stretch(stage, Path(out_dir), log_every, make_mesh() if mesh is None else mesh)
         try:
-            return stretch.train(stop_request, minutes, steps, save_every_minutes)
+            with jax.set_mesh(stretch.mesh):
+                return stretch.train(stop_request, minutes, steps, save_every_minutes)
         finally:
             stretch.close()
 
@@ -144,28 +149,31 @@ def run(
 class _Stretch:
     """One process's share of a run: the state between updates, and the open files."""
 
-    def __init__(self, stage: Stage, out_dir: Path, log_every: int):
+    def __init__(self, stage: Stage, out_dir: Path, log_every: int, mesh: Mesh):
         self.started = time.monotonic()
-        self.stage, self.out_dir, self.log_every = stage, out_dir, log_every
+        self.mesh = mesh
         out_dir.mkdir(parents=True, exist_ok=True)
+        self.stage, self.log_every = stage, log_every
+        self.out_dir = out_dir if is_first() else passing_folder()  # but for the checkpoints, files are written once
         self.checkpoints = Checkpoints(out_dir / CHECKPOINTS)
         self.saved_step = self.checkpoints.latest_step
         self.pending: list[dict[str, Any]] = []  # metrics of the updates since the last row, on the device at first
         self.seconds_before = 0.0  # training time of earlier stretches
+        abstract = placed(mesh, jax.eval_shape(stage.init))
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         if self.saved_step is None:
-            state = stage.init()
+            with on_the_host():
+                self.state: TrainState = put(stage.init(), shardings)
         else:
             record = self.checkpoints.record(self.saved_step)
             _check_same_run(stage, record, out_dir)
-            state = self.checkpoints.restore(self.saved_step, jax.eval_shape(stage.init))
+            self.state = self.checkpoints.restore(self.saved_step, abstract)
             self.pending, self.seconds_before = record["pending"], record["seconds"]
-        # Distinct buffers: a stage may start with ema = params, and one buffer cannot be donated twice.
-        self.state: TrainState = replicate(jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state))
         self.step = int(self.state.step)
-        self.metrics = MetricsFile(out_dir / METRICS_FILE, self.step)
-        (out_dir / "config.json").write_text(json.dumps(_record(stage), indent=2) + "\n")
+        self.metrics = MetricsFile(self.out_dir / METRICS_FILE, self.step)
+        (self.out_dir / "config.json").write_text(json.dumps(_record(stage), indent=2) + "\n")
 
-        self.data = replicate(stage.data())
+        self.data = replicate(stage.data(), mesh)
         self.batches = stage.batches() if stage.batches else None
 
         def update(state: TrainState, data: PyTree[Array], batch: PyTree[Array]) -> tuple[TrainState, Metrics]:
@@ -173,8 +181,8 @@ class _Stretch:
             new, metrics = stage.update(state, key, data, batch)
             return dataclasses.replace(new, step=state.step + 1), metrics
 
-        # What an update splits over the devices comes back as it went in: whole, on each of them.
-        self.update = jax.jit(update, donate_argnums=0, out_shardings=replicated())
+        # The state comes back as it went in, however an update splits it.
+        self.update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
     def train(
         self, stop_request: StopRequest, minutes: float | None, steps: int | None, save_every_minutes: float
@@ -191,10 +199,11 @@ class _Stretch:
             desc=stage.name,
             unit="update",
             dynamic_ncols=True,
+            disable=not is_first(),
             mininterval=0.5 if sys.stderr.isatty() else 30.0,  # a log file wants a line now and then
         ) as bar:
-            while self.step < last and not stop_request and time.monotonic() < deadline:
-                batch = {} if self.batches is None else self.batches[self.step]
+            while self.step < last and not self._agreed(stop_request or time.monotonic() >= deadline):
+                batch = {} if self.batches is None else put_batch(self.batches[self.step], self.mesh)
                 self.state, metrics = self.update(self.state, self.data, batch)
                 self.step += 1
                 self.pending.append(metrics)
@@ -204,10 +213,8 @@ class _Stretch:
                 if stage.evaluate and (self.step % stage.evaluate_every == 0 or self.step == stage.total_steps):
                     self._evaluate(bar)
                 if stage.sample and (self.step % stage.sample_every == 0 or self.step == stage.total_steps):
-                    samples = self.out_dir / "samples"
-                    samples.mkdir(exist_ok=True)
-                    stage.sample(self.state, samples / f"step_{self.step:08d}.png")
-                if time.monotonic() > next_save:
+                    self._sample()
+                if self._agreed(time.monotonic() > next_save):
                     self._save()
                     next_save = time.monotonic() + 60 * save_every_minutes
                 self.logged_at += time.monotonic() - paused_at  # the speed is that of the updates
@@ -219,6 +226,20 @@ class _Stretch:
     def close(self) -> None:
         self.metrics.close()
         self.checkpoints.close()
+
+    def _agreed(self, wish: bool) -> bool:
+        """Whether to do now what any process wishes, each going by its own clock and signals; several processes only ask where they stop to log anyway."""
+        if jax.process_count() > 1 and self.step % self.log_every:
+            return False
+        return any_process(wish)
+
+    def _sample(self) -> None:
+        state = gather(self.state)
+        if is_first():  # a picture is drawn by code that knows of no other process
+            samples = self.out_dir / "samples"
+            samples.mkdir(exist_ok=True)
+            with on_one_device():
+                self.stage.sample(state, samples / f"step_{self.step:08d}.png")
 
     def _fetch(self) -> None:
         """Brings the pending metrics to the host, which waits for the updates, and checks them."""
@@ -258,7 +279,8 @@ class _Stretch:
                 self._fail(self.step, f"held-out {name} is {value}")
         self.metrics.append(self.step, "held_out", values)
         figures = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        bar.write(f"step {self.step}: held-out {figures}", file=sys.stderr)
+        if is_first():
+            bar.write(f"step {self.step}: held-out {figures}", file=sys.stderr)
 
     def _save(self) -> None:
         self._fetch()
@@ -275,7 +297,8 @@ class _Stretch:
 
     def _report(self, stop_request: StopRequest) -> None:
         def say(line: str) -> None:
-            print(f"{self.stage.name}: {line}", file=sys.stderr, flush=True)
+            if is_first():
+                print(f"{self.stage.name}: {line}", file=sys.stderr, flush=True)
 
         where = "nothing new to save" if self.saved_step is None else f"saved {self.checkpoints.path(self.saved_step)}"
         if self.step >= self.stage.total_steps:

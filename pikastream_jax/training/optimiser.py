@@ -16,7 +16,7 @@ import optax
 import optax.contrib
 from jaxtyping import Array, Float, PyTree
 
-from pikastream_jax.training.mesh import split_batch
+from pikastream_jax.training.mesh import split_stack
 
 # Parts of a path that mark a matrix as an input, output, embedding or modulation one. The attention to prompts is with them because
 # what a prompt changes is little: Muon makes the gradient's noise as large as the little that is meant, and nothing was learned.
@@ -232,7 +232,7 @@ def _split(tree: PyTree[Array]) -> PyTree[Array]:
     def split(path, leaf):
         if not any(getattr(entry, "key", None) == "hidden" for entry in path):
             return leaf
-        return split_batch(jnp.pad(leaf, ((0, -len(leaf) % len(jax.devices())), (0, 0), (0, 0))))
+        return split_stack(leaf)
 
     return jax.tree_util.tree_map_with_path(split, tree)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from pikastream_jax.training.loop import Stage, TrainState
+from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, ema_update, make_optimiser
 from pikastream_jax.training.settings import Optimiser, StageSettings
 
@@ -25,7 +26,7 @@ def initial_params():
 
 
 def loss_function(params, key):
-    x = jax.random.normal(key, (32, 8))
+    x = split_batch(jax.random.normal(key, (32, 8)))
     block = params["blocks"][0]
     hidden = jax.nn.gelu(x @ block["up"]["kernel"] + block["up"]["bias"])
     predicted = (x + hidden @ block["down"]["kernel"]) @ params["head"]["kernel"]

@@ -1,0 +1,111 @@
+"""Many devices and many processes train as one does."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy_stage import Settings, build, toy_stage
+
+from pikastream_jax.training import mesh as meshes
+from pikastream_jax.training.loop import run
+from pikastream_jax.training.metrics import read_rows
+from pikastream_jax.training.processes import Processes
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+# Sums over rows and over parts of matrices come in another order; twelve updates of Muon, which divides by small numbers, spread that.
+TOLERANCE = 1e-4
+
+
+def losses(folder):
+    return [row["loss"] for row in read_rows(folder / "metrics.jsonl") if row["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Losses of twelve updates on one device."""
+    folder = tmp_path_factory.mktemp("alone")
+    run(toy_stage(12), folder, log_every=1)
+    return losses(folder)
+
+
+def environment():
+    return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}
+
+
+def test_eight_devices_have_the_losses_of_one(alone, tmp_path):
+    """Split by rows alone; and split by weights at first and then, from the checkpoint, along all three axes."""
+    command = [sys.executable, HERE / "on_eight_devices.py", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    for name, values in result["losses"].items():
+        np.testing.assert_allclose(values, alone, rtol=TOLERANCE, err_msg=name)
+    shares = result["shares"]
+    assert shares["data"] == 1
+    assert shares["fsdp"] < 0.35 < shares["all"] < 0.7, "two devices hold about half each; eight an eighth each, and the small leaves"
+
+
+def test_two_processes_train_and_one_goes_on(alone, tmp_path):
+    """Two processes with a device each do seven updates and save; this one resumes: the losses of a run that was never stopped."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = (
+        f"import sys; sys.path.insert(0, {str(HERE)!r}); import train; train.STAGES['toy'] = train.Entry('toy_stage'); sys.exit(train.main())"
+    )
+    shared = ["toy", "--updates", "12", "--steps", "7", "--out", tmp_path, "--processes", "2", "--coordinator", f"127.0.0.1:{port}", "--fsdp", "2"]
+    together = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, shared), "--process", str(index)],
+            cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        for index in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=300)[1] for process in together]
+    finally:
+        for process in together:
+            process.kill()
+    assert [process.returncode for process in together] == [0, 0], errors
+    assert "resume with" in errors[0] and "resume with" not in errors[1], "the first process alone reports"
+    run(build(None, 0, {}, Settings(updates=12)), tmp_path)
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["kind"]) for row in rows] == [(10, "train"), (10, "held_out"), (12, "train"), (12, "held_out")]
+    means = [row["loss"] for row in rows if row["kind"] == "train"]
+    np.testing.assert_allclose(means, [np.mean(alone[:10]), np.mean(alone[10:])], rtol=TOLERANCE)
+
+
+def test_what_lies_where():
+    """The largest axis that fsdp divides, the last of equals; small leaves whole. No device is needed to plan."""
+    mesh = meshes.make_mesh(fsdp=8, sequence=2, devices=64)
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 8, "sequence": 2}
+    shapes = {"wide": (512, 2048), "square": (512, 512), "odd": (4095, 64), "stack": (30, 512, 512), "small": (64, 64)}
+    placed = meshes.placed(mesh, {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()})
+    parts = {name: leaf.sharding.shard_shape(leaf.shape) for name, leaf in placed.items()}
+    assert parts == {"wide": (512, 256), "square": (512, 64), "odd": (4095, 8), "stack": (30, 512, 64), "small": (64, 64)}
+
+
+def test_a_mesh_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="fsdp 3 x sequence 1 does not divide 8 devices"):
+        meshes.make_mesh(fsdp=3, devices=8)
+    mesh = meshes.make_mesh(fsdp=7, devices=7)
+    with pytest.raises(ValueError, match=r"fsdp 7 divides no axis of mlp.kernel \(512, 2048\): choose one that divides the model's width"):
+        meshes.state_shardings(mesh, {"mlp": {"kernel": jax.ShapeDtypeStruct((512, 2048), jnp.float32)}})
+    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(ValueError, match="a batch of 12 does not divide over data 1 x fsdp 7 = 7 devices"):
+        jax.eval_shape(meshes.split_batch, jax.ShapeDtypeStruct((12, 2), jnp.float32))
+    for arguments, message in (
+        ((None, 2, 0), "--processes 2 needs --coordinator HOST:PORT and --process I"),
+        (("host:1", 2, 2), "--process 2 must lie in 0-1"),
+        (("host:1", 1, None), "say how many with --processes"),
+        ((None, 0, None), "--processes 0 must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Processes(*arguments)
