@@ -177,19 +177,36 @@ def caption(rng: np.random.Generator, attributes: Mapping[str, str], presentatio
     Returns:
       An English phrase, such as "a woman smiling warmly, looking to the left".
     """
+    return worded(rng, mentioned(rng, attributes, keep), presentation)
+
+
+def mentioned(rng: np.random.Generator, attributes: Mapping[str, str], keep: float = 0.6) -> dict[str, str]:
+    """The attributes that a caption is to mention, in the order it mentions them; see `caption`."""
     _check(attributes)
-    if presentation not in _SUBJECTS:
-        raise ValueError(f"presentation={presentation!r} is unknown: use one of {', '.join(_SUBJECTS)}")
     plain = {"none": 0.25, "some": 0.25}
     said = [n for n, value in attributes.items() if rng.random() < keep * plain.get(value, 1.0)]
     if not said and attributes:
         said = [rng.choice(list(attributes))]
     rng.shuffle(said)
+    return {str(name): attributes[name] for name in said}
+
+
+def completeness(attributes: Mapping[str, str], said: Mapping[str, str]) -> float:
+    """Share of what there is to say that a caption says; "none" and "some" need no words."""
+    to_say = {name for name, value in attributes.items() if value not in ("none", "some")}
+    return len(to_say & said.keys()) / len(to_say) if to_say else 1.0
+
+
+def worded(rng: np.random.Generator, said: Mapping[str, str], presentation: str = "person") -> str:
+    """Words all of ``said``; see `caption`."""
+    _check(said)
+    if presentation not in _SUBJECTS:
+        raise ValueError(f"presentation={presentation!r} is unknown: use one of {', '.join(_SUBJECTS)}")
     subjects = _SUBJECTS[presentation] if rng.random() < 0.8 else _SUBJECTS["person"]
     subject = str(rng.choice(subjects))
     if not said:
         return subject
-    phrases = [str(rng.choice(_WORDS[name][attributes[name]])) for name in said]
+    phrases = [str(rng.choice(_WORDS[name][value])) for name, value in said.items()]
     joined = ", ".join(phrases)
     if len(phrases) > 1 and rng.random() < 0.5:
         joined = ", ".join(phrases[:-1]) + " and " + phrases[-1]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pikastream_jax.data.face_pose import FaceState
 
@@ -19,13 +19,14 @@ _NOD_HERTZ = (1.4, 2.1)
 _BLINK_EVERY = (2.0, 5.0)  # seconds
 _BLINK_LASTS = (0.15, 0.25)
 _GAZE_HOLDS = (0.7, 2.6)
+CHANGE_LASTS = 0.4  # seconds that a face takes to change its manner
 EYE_PER_RADIAN = 2.2  # gaze units that turn the eye by one radian: keeps the eyes on target while the head turns
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Style:
-    """The manner of one clip. Every field is a float32 scalar (or has a leading batch axis)."""
+    """The manner of one clip. Every field is a float32 scalar (or has leading axes: clips, or the frames of one clip)."""
 
     happy: Float[Array, "*b"]  # 0 .. 1
     sad: Float[Array, "*b"]  # 0 .. 1
@@ -73,12 +74,31 @@ def sample_style(key: PRNGKeyArray) -> Style:
     return Style(*(jnp.asarray(value, jnp.float32) for value in values))
 
 
+def changed_style(
+    first: Style, second: Style, change: Int[Array, ""], frames: int, fps: float, seconds: float = CHANGE_LASTS
+) -> Style:
+    """One manner that turns into another, as when a prompt is changed in mid-stream.
+
+    Args:
+      first, second: scalar leaves.
+      change: video frame at which ``second`` begins to be seen; ``frames`` or more for never.
+      frames: T.
+      seconds: until nothing is left of ``first``.
+
+    Returns:
+      The manner of each video frame, leaves ``[T]``.
+    """
+    x = jnp.clip((jnp.arange(frames) - change + 1) / (seconds * fps), 0.0, 1.0)
+    share = x * x * (3.0 - 2.0 * x)
+    return jax.tree.map(lambda a, b: a + share * (b - a), first, second)
+
+
 def style_motion(key: PRNGKeyArray, style: Style, speech: SpeechTrack, fps: float) -> FaceState:
     """Move the face in ``style`` to ``speech``.
 
     Args:
       key: of all that is random in the motion; the same key gives the same motion.
-      style: scalar leaves.
+      style: leaves scalar, or ``[T]`` where the manner changes (`changed_style`).
       speech: leaves ``[T]`` at ``fps`` frames a second; T is static.
       fps: video frames a second, a positive Python number (it decides shapes, so it cannot be traced).
 
@@ -128,7 +148,9 @@ def style_motion(key: PRNGKeyArray, style: Style, speech: SpeechTrack, fps: floa
     smile = smile + 0.10 * (1.0 - 0.5 * talking) * _drift(next(keys), t, 0.08, 0.3)
     furrow = 0.95 * style.angry + 0.15 * style.sad + 0.05 * _drift(next(keys), t, 0.1, 0.4)
     phase = jax.random.uniform(next(keys), maxval=2.0 * math.pi)
-    breath = jnp.sin(2.0 * math.pi * (0.24 + 0.10 * style.energy) * t + phase)
+    # The integral of the frequency, so that a change of manner does not make the chest jump.
+    cycles = jnp.cumsum(jnp.broadcast_to(0.24 + 0.10 * style.energy, t.shape)) / fps
+    breath = jnp.sin(2.0 * math.pi * cycles + phase)
     shift_x = 0.010 * slow * _drift(next(keys), t, 0.06, 0.25)
     shift_y = 0.006 * slow * _drift(next(keys), t, 0.06, 0.25)
     return FaceState(

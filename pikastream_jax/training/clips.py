@@ -1,53 +1,77 @@
-"""Clips for the DiT's stages: talking faces rendered, encoded by FlashVAE and kept as latents.
+"""Clips for the DiT's stages: talking faces rendered, encoded by FlashVAE and kept as latents with their sound and captions.
 
-`python -m pikastream_jax.training.clips --flash-vae runs/vae_streaming --out runs/clips.safetensors` makes them once; the stages
-then cut random windows out of them. The sound is not copied: a clip remembers where in the speech corpus it lies.
+`python -m pikastream_jax.training.clips` makes a folder of records (`training/records.py`) once; the stages then cut random windows out
+of them (`training/dit_data.py`). In half of the clips the caption changes, and the face with it, as when a prompt is swapped in mid-stream.
 """
 
 import dataclasses
-import json
-import operator
+import hashlib
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 import tyro
-from jaxtyping import Array, Float, Float16, Int
+from jaxtyping import Array, Float, Int, Key
 from tqdm import tqdm
 
 from configs import preset
 from pikastream_jax.config import Config
-from pikastream_jax.data.captions import caption_batch, phrases
-from pikastream_jax.data.corpus import Corpus, load_corpus, window
-from pikastream_jax.data.face import FaceState, Identity, eyes_box, mouth_box, render, sample_identity
-from pikastream_jax.data.motion import Style, style_motion
+from pikastream_jax.data.captions import attributes_of, completeness, mentioned, phrases, worded
+from pikastream_jax.data.corpus import MEL_FRAMES, MEL_STEP, Corpus, load_corpus, window
+from pikastream_jax.data.face import (
+    FaceState,
+    Identity,
+    eyes_box,
+    mouth_box,
+    presentation_name,
+    render,
+    sample_identity,
+)
+from pikastream_jax.data.motion import changed_style, sample_style, style_motion
 from pikastream_jax.flash_vae import FlashVAE
-from pikastream_jax.flash_vae.latents import LatentStatistics, measure_statistics
+from pikastream_jax.flash_vae.latents import LatentStatistics
 from pikastream_jax.measuring.estimator import true_readings
 from pikastream_jax.nn.layers import Functional, Params, functional
 from pikastream_jax.text import Tokenizer
 from pikastream_jax.training.checkpoint import load_weights
+from pikastream_jax.training.innovations import Innovations, fit_innovations
+from pikastream_jax.training.losses import region_weights
+from pikastream_jax.training.records import Plan, Records, read_constants, read_record, write_records
+from pikastream_jax.training.stages import FLASH_VAE, Entry
 from pikastream_jax.weights.safetensors_io import restore_into
 
 SPEECH = Path("data/speech_features.npz")
-HELD_OUT_CLIPS = 24
+CHANGES = 0.5  # share of clips whose caption changes somewhere in their middle half
+# What `quality` goes by; the higher, the better.
+MEASURES = {
+    "reconstruction": "PSNR in dB of mouth and eyes through FlashVAE, in the middle of the clip",
+    "calm": "minus the mean speed of the head, radians a second",
+    "facing": "minus the largest angle that the head is turned or bowed by, radians",
+    "told": "share of what there is to say that the caption says; of two captions the lesser",
+    "speech": "share of the clip in which somebody speaks; half is enough",
+    "clear": "dB between the loudest and the quietest twentieth of the sound, so little noise",
+}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Clips:
-    """Clips of f latent frames, latents normalised."""
+class Drawn:
+    """n clips as they come from the device."""
 
-    latents: Float16[Array, "n f r c z"]
-    reference: Float16[Array, "n r c z"]  # the same person at rest
+    latents: Float[Array, "n f r c z"]  # not normalised
+    reference: Float[Array, "n r c z"]  # the same person at rest
     boxes: Float[Array, "n f 2 4"]  # mouth and eyes, pixels, mean over a latent frame
     truth: Float[Array, "n f o"]  # what the renderer was told, as `true_readings` puts it, mean over a latent frame
-    speech_start: Int[Array, "n"]  # the clip's first latent frame in the corpus
-    tokens: Int[Array, "n l"]  # caption
-    valid: Int[Array, "n"]
+    reconstruction: Float[Array, "n"]  # of MEASURES, as the next ones
+    calm: Float[Array, "n"]
+    facing: Float[Array, "n"]
+    speech: Float[Array, "n"]
 
 
 def reference_state(key: Array) -> FaceState:
@@ -72,133 +96,265 @@ def reference_state(key: Array) -> FaceState:
     )
 
 
-def encode_clip(
-    config: Config, vae: FlashVAE, identity: Identity, states: FaceState, reference: FaceState
-) -> tuple[Float[Array, "f r c z"], Float[Array, "r c z"], Float[Array, "f 2 4"]]:
-    """Renders and encodes one clip latent frame by latent frame, and its reference as equal frames."""
+def encode_clips(
+    config: Config, vae: FlashVAE, identities: Identity, states: FaceState, references: FaceState
+) -> tuple[Float[Array, "n f r c z"], Float[Array, "n r c z"], Float[Array, "n f 2 4"]]:
+    """Renders and encodes n clips latent frame by latent frame, and their references as equal frames.
+
+    Args:
+      states: leaves [n, t].
+    """
     size, stride = config.stream.height, config.flash_vae.temporal_stride
     rows, columns = config.latent_grid
-
-    def draw(state):
-        return render(identity, state, size=size)
+    n, t = states.yaw.shape
 
     def step(cache, states):
-        frames = jax.vmap(draw)(states)
-        cache, (mean, _) = vae.encode_step(cache, frames[None])
-        boxes = jax.vmap(lambda s: jnp.stack([mouth_box(identity, s, size), eyes_box(identity, s, size)]))(states)
-        return cache, (mean[0], boxes.mean(axis=0))
+        frames = draw_frames(identities, states, size)
+        cache, (mean, _) = vae.encode_step(cache, frames)
+        boxes = jax.vmap(jax.vmap(lambda i, s: jnp.stack([mouth_box(i, s, size), eyes_box(i, s, size)]), in_axes=(None, 0)))(identities, states)
+        return cache, (mean, boxes.mean(axis=1))
 
-    grouped = jax.tree.map(lambda leaf: leaf.reshape(-1, stride), states)
-    _, (latents, boxes) = jax.lax.scan(step, vae.init_encode_cache(1, rows, columns), grouped)
-    still = jnp.broadcast_to(draw(reference), (1, stride, size, size, 3))
-    return latents, vae.encode(still)[0][0, 0], boxes
+    grouped = jax.tree.map(lambda leaf: jnp.moveaxis(leaf.reshape(n, t // stride, stride), 1, 0), states)
+    _, (latents, boxes) = jax.lax.scan(step, vae.init_encode_cache(n, rows, columns), grouped)
+    still = draw_frames(identities, jax.tree.map(lambda leaf: leaf[:, None], references), size)
+    at_rest = vae.encode(jnp.repeat(still, stride, axis=1))[0][:, 0]
+    return jnp.moveaxis(latents, 0, 1), at_rest, jnp.moveaxis(boxes, 0, 1)
 
 
-def make_clips(
-    config: Config,
-    model: Functional,
-    params: Params,
-    corpus: Corpus,
-    starts: Int[np.ndarray, "s"],
-    count: int,
-    latent_frames: int,
-    seed: int,
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """`count` clips as NumPy arrays (latents not normalised yet) and their captions; a function of `seed` alone."""
-    identities = jax.jit(jax.vmap(sample_identity))(jax.random.split(jax.random.fold_in(jax.random.key(seed), count), count))
-    captions, styles = caption_batch(seed, count, identities)
-    rng = np.random.default_rng(seed)
-    begin = rng.choice(starts, count)
-    tracks = jnp.asarray(corpus.tracks)
-    mel = jnp.asarray(corpus.mel)
+def draw_frames(identities: Identity, states: FaceState, size: int) -> Float[Array, "n t h w 3"]:
+    """Leaves [n] and [n, t] as pictures in [-1, 1]."""
+    return jax.vmap(jax.vmap(lambda i, s: render(i, s, size=size), in_axes=(None, 0)))(identities, states)
+
+
+def reconstruction(
+    config: Config, vae: FlashVAE, identities: Identity, states: FaceState, latents: Float[Array, "n f r c z"], boxes: Float[Array, "n f 2 4"]
+) -> Float[Array, "n"]:
+    """PSNR in dB of mouth and eyes in the middle latent frame, decoded as a stream decodes it."""
+    size, stride = config.stream.height, config.flash_vae.temporal_stride
+    middle = latents.shape[1] // 2
+    first = max(0, middle - config.flash_vae.window)
+    decoded = vae.decode(latents[:, first : middle + 1])[:, -stride:]
+    true = draw_frames(identities, jax.tree.map(lambda leaf: leaf[:, middle * stride : (middle + 1) * stride], states), size)
+    inside = region_weights(boxes[:, middle], *true.shape[2:4], (1.0, 1.0)) - 1.0
+    error = jnp.mean((decoded - true) ** 2, axis=(1, 4))
+    return 10.0 * jnp.log10(4.0 * jnp.sum(inside, axis=(1, 2)) / jnp.sum(inside * error, axis=(1, 2)))
+
+
+def drawer(
+    config: Config, model: Functional, corpus: Corpus, latent_frames: int
+) -> Callable[[Params, Key[Array, "n"], Int[Array, "n"], Int[Array, "n"]], tuple[Drawn, Any, Any, Any]]:
+    """The program that draws n clips: (FlashVAE's parameters, keys, first latent frames in the corpus, latent frames at which the manner
+    changes) -> the clips, who is in them, and the manners before and after."""
+    fps, stride = config.stream.fps, config.flash_vae.temporal_stride
+    frames = latent_frames * stride
+    mel, tracks = jnp.asarray(corpus.mel), jnp.asarray(corpus.tracks)
+
+    def move(key, start, change):
+        k_identity, k_first, k_second, k_motion, k_reference = jax.random.split(key, 5)
+        identity, first, second = sample_identity(k_identity), sample_style(k_first), sample_style(k_second)
+        _, speech = window(mel, tracks, start, latent_frames, config.audio.mel_frames)
+        states = style_motion(k_motion, changed_style(first, second, change * stride, frames, fps), speech, fps)
+        truth = jax.vmap(lambda state: true_readings(identity, state))(states).reshape(latent_frames, stride, -1).mean(axis=1)
+        turns = jnp.stack([jnp.abs(jnp.diff(angle)) for angle in (states.yaw, states.pitch, states.roll)])
+        measures = {
+            "calm": -jnp.mean(turns) * fps,
+            "facing": -jnp.max(jnp.hypot(states.yaw, states.pitch)),
+            "speech": jnp.minimum(jnp.mean(speech.activity), 0.5),
+        }
+        return identity, first, second, states, reference_state(k_reference), truth, measures
 
     @jax.jit
-    def one(params, mel, tracks, key, identity: Identity, style: Style, start):
-        k_motion, k_reference = jax.random.split(key)
-        _, speech = window(mel, tracks, start, latent_frames, config.audio.mel_frames)
-        states = style_motion(k_motion, style, speech, config.stream.fps)
-        told = jax.vmap(lambda state: true_readings(identity, state))(states)
-        truth = told.reshape(latent_frames, config.flash_vae.temporal_stride, -1).mean(axis=1)
-        return *encode_clip(config, model.bind(params), identity, states, reference_state(k_reference)), truth
+    def draw(params, keys, starts, changes):
+        vae = model.bind(params)
+        identities, first, second, states, references, truth, measures = jax.vmap(move)(keys, starts, changes)
+        latents, at_rest, boxes = encode_clips(config, vae, identities, states, references)
+        restored = reconstruction(config, vae, identities, states, latents, boxes)
+        return Drawn(latents, at_rest, boxes, truth, restored, **measures), identities, first, second
 
-    made = []
-    for index in tqdm(range(count), desc="clips", unit="clip"):
-        identity, style = jax.tree.map(operator.itemgetter(index), (identities, styles))
-        key = jax.random.fold_in(jax.random.key(seed), index)
-        made.append(jax.device_get(one(params, mel, tracks, key, identity, style, int(begin[index]))))
-    arrays = dict(zip(("latents", "reference", "boxes", "truth"), map(np.stack, zip(*made, strict=True)), strict=True))
-    return arrays | {"speech_start": begin.astype(np.int32)}, captions
+    return draw
+
+
+def clip_maker(
+    config: Config, model: Functional, params: Params, corpus: Corpus, tokenizer: Tokenizer, latent_frames: int, seed: int, batch: int
+) -> Callable[[str, int, int], Iterator[dict[str, np.ndarray]]]:
+    """The `make` of `write_records`: a clip is a function of the seed, its split and its number, whatever is made beside it.
+
+    Args:
+      batch: clips drawn at a time.
+    """
+    draw = drawer(config, model, corpus, latent_frames)
+    history = config.audio.mel_frames - MEL_FRAMES
+
+    def make(split: str, first: int, count: int) -> Iterator[dict[str, np.ndarray]]:
+        starts = corpus.starts(split, latent_frames, config.audio.mel_frames)
+        split_seed = zlib.crc32(split.encode())
+        for begin in range(first, first + count, batch):
+            # The last group is filled up with clips that are thrown away, so that one program is compiled.
+            rngs = [np.random.default_rng([seed, split_seed, number]) for number in range(begin, begin + batch)]
+            start = np.array([rng.choice(starts) for rng in rngs])
+            change = np.array([_change(rng, latent_frames) for rng in rngs])
+            keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(jnp.asarray([rng.integers(2**31) for rng in rngs]))
+            drawn, identities, *styles = jax.device_get(draw(params, keys, start, change))
+            for row in range(min(batch, first + count - begin)):
+                clip, identity, *manners = jax.tree.map(lambda leaf, row=row: leaf[row], (drawn, identities, *styles))
+                changes = change[row] < latent_frames
+                captions, told = _captions(rngs[row], identity, manners if changes else manners[:1])
+                tokens, valid = tokenizer.encode_batch((captions * 2)[:2])
+                sound = corpus.mel[MEL_FRAMES * start[row] - history : MEL_FRAMES * (start[row] + latent_frames)]
+                loudest, quietest = np.percentile(sound.max(axis=1), [95, 5]) * MEL_STEP
+                measured = {name: getattr(clip, name) for name in MEASURES if hasattr(clip, name)} | {"told": told, "clear": loudest - quietest}
+                yield {
+                    # Not normalised: the statistics are known when all clips are.
+                    "latents": clip.latents.astype(np.float16),
+                    "reference": clip.reference.astype(np.float16),
+                    "boxes": clip.boxes,
+                    "truth": clip.truth,
+                    "mel": sound,
+                    "tokens": tokens,
+                    "valid": valid,
+                    "frame_prompt": (np.arange(latent_frames) >= change[row]).astype(np.int32),
+                    "measures": np.array([measured[name] for name in MEASURES], np.float32),
+                }
+
+    return make
+
+
+def _change(rng: np.random.Generator, latent_frames: int) -> int:
+    """Latent frame at which the second caption begins, in the middle half; the clip's length for never."""
+    if rng.random() >= CHANGES:
+        return latent_frames
+    return int(rng.integers(latent_frames // 4, latent_frames - latent_frames // 4))
+
+
+def _captions(rng: np.random.Generator, identity: Identity, manners: list[Any]) -> tuple[list[str], float]:
+    """A caption of each manner, and how complete the least complete is."""
+    captions, told = [], []
+    for manner in manners:
+        attributes = attributes_of(manner)
+        said = mentioned(rng, attributes)
+        captions.append(worded(rng, said, presentation_name(identity)))
+        told.append(completeness(attributes, said))
+    return captions, min(told)
+
+
+def quality(measures: Float[np.ndarray, "n m"]) -> Float[np.ndarray, "n"]:
+    """Of each clip the worst of its ranks: the share of clips that are no better than it by one measure.
+
+    The best quarter by this number are the clips that pass a threshold in every measure, each set at the same rank.
+    """
+    ranks = [np.searchsorted(np.sort(column), column, side="right") for column in np.asarray(measures).T]
+    return (np.min(ranks, axis=0) / len(measures)).astype(np.float32)
+
+
+def conclude(open_split: Callable[[str], Records]) -> dict[str, np.ndarray]:
+    """What belongs to all clips together, measured on the training clips; see `load_clip_record` and `windows`."""
+    records = open_split("train")
+    total, squares, count = 0.0, 0.0, 0
+    for number in range(len(records)):
+        flat = records[number]["latents"].astype(np.float64).reshape(-1, records[number]["latents"].shape[-1])
+        total, squares, count = total + flat.sum(axis=0), squares + (flat**2).sum(axis=0), count + len(flat)
+    mean = total / count
+    deviation = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
+    stacked = records.stacked("truth", "measures")
+    fitted = fit_innovations(stacked["truth"])
+    return {
+        "statistics.mean": mean.astype(np.float32),
+        "statistics.std": np.where(deviation > 1e-3, deviation, 1.0).astype(np.float32),  # a dead channel stays as it is
+        "quality": quality(stacked["measures"]),
+        **{f"innovations.{field.name}": np.asarray(getattr(fitted, field.name)) for field in dataclasses.fields(Innovations)},
+    }
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Render and encode the clips that the DiT's stages train on."""
+    """Render and encode the clips that the DiT's stages train on. The same command again goes on where it was stopped."""
 
-    flash_vae: Path
-    """Run folder or .safetensors of FlashVAE."""
-    out: Path
-    """File to write, .safetensors."""
     config: str = "tiny"
     """Preset in configs/."""
+    runs: Path | None = None
+    """Folder of all runs, runs/CONFIG by default."""
+    flash_vae: Path | None = None
+    """Run folder or .safetensors of FlashVAE; by default that of the adversarial stage, or else of the streaming one."""
+    out: Path | None = None
+    """Folder to write; by default `clips` within the folder of all runs."""
     count: int = 1000
     """Training clips."""
+    held_out: int = 200
+    """Held-out clips."""
     latent_frames: int = 18
     """Length of a clip."""
     seed: int = 0
     """Everything random follows from it."""
+    batch: int | None = None
+    """Clips drawn at a time; by default 1 on a CPU, where more gain nothing, and 16 elsewhere."""
+    shard: int = 100
+    """Clips of a shard, which is what is lost at most when the command is stopped."""
     speech: Path = SPEECH
     """Speech features, see pikastream_jax.data.corpus."""
 
 
-def main() -> None:
+def main() -> int:
     arguments = tyro.cli(Arguments)
-    config = preset(arguments.config)
-    model = functional(lambda rngs: FlashVAE(config.flash_vae, rngs=rngs))
-    params = restore_into(model.abstract, load_weights(arguments.flash_vae))
-    corpus = load_corpus(arguments.speech)
-    length = arguments.latent_frames
-    parts, captions = {}, {}
-    for split, count, seed in (("train", arguments.count, arguments.seed), ("held_out", HELD_OUT_CLIPS, arguments.seed + 777_777)):
-        starts = corpus.starts(split, length, config.audio.mel_frames)
-        parts[split], captions[split] = make_clips(config, model, params, corpus, starts, count, length, seed)
-    tokenizer = Tokenizer.learn(phrases(), config.text.vocabulary, config.text.length)
-    statistics = measure_statistics(parts["train"]["latents"].reshape(-1, config.flash_vae.latent_channels))
-    tensors = {"statistics.mean": np.asarray(statistics.mean), "statistics.std": np.asarray(statistics.std)}
-    for split, arrays in parts.items():
-        tokens, valid = tokenizer.encode_batch(captions[split])
-        for name in ("latents", "reference"):
-            arrays[name] = np.asarray(statistics.normalise(arrays[name]), np.float16)
-        tensors |= {f"{split}.{name}": value for name, value in (arrays | {"tokens": tokens, "valid": valid}).items()}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    record = {"words": list(tokenizer.words), "seed": arguments.seed, "flash_vae": str(arguments.flash_vae), "config": config.name}
-    safetensors.numpy.save_file(tensors, arguments.out, metadata={"clips": json.dumps(record)})
-    print(f"{arguments.count} clips of {length} latent frames in {arguments.out}")
+    try:
+        config = preset(arguments.config)
+        for name, least in {"batch": 1, "latent_frames": 4}.items():
+            if (value := getattr(arguments, name)) is not None and value < least:
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        runs = arguments.runs or Path("runs") / config.name
+        given = {} if arguments.flash_vae is None else {"flash_vae": arguments.flash_vae}
+        flash_vae = Entry(__name__, needs={"flash_vae": FLASH_VAE}).hand_over("clips", given, runs)["flash_vae"]
+        folder = arguments.out or runs / "clips"
+        model = functional(lambda rngs: FlashVAE(config.flash_vae, rngs=rngs))
+        params = restore_into(model.abstract, load_weights(flash_vae))
+        corpus = load_corpus(arguments.speech)
+        tokenizer = Tokenizer.learn(phrases(), config.text.vocabulary, config.text.length)
+        made_with = {
+            "config": config.name,
+            "seed": arguments.seed,
+            "latent_frames": arguments.latent_frames,
+            "flash_vae": digest(*jax.tree.leaves(params)),
+            "speech": digest(corpus.mel, corpus.tracks),
+            "words": tokenizer.words,
+        }
+        plan = Plan({"train": arguments.count, "held_out": arguments.held_out}, arguments.shard, made_with)
+        batch = arguments.batch or (1 if jax.default_backend() == "cpu" else 16)
+        make = clip_maker(config, model, params, corpus, tokenizer, arguments.latent_frames, arguments.seed, batch)
+        made, started = 0, time.monotonic()
+
+        def counted(split: str, first: int, count: int) -> Iterator[dict[str, np.ndarray]]:
+            nonlocal made
+            for clip in tqdm(make(split, first, count), desc=f"{split} from {first}", total=count, unit="clip"):
+                made += 1
+                yield clip
+
+        write_records(folder, plan, counted, conclude)
+    except (ValueError, OSError) as error:
+        print(f"clips: {error}", file=sys.stderr)
+        return 1
+    rate = made / (time.monotonic() - started)
+    print(f"{folder}: {arguments.count} training clips and {arguments.held_out} held out, of {arguments.latent_frames} latent frames; ", end="")
+    print(f"{made} made now, {rate:.2f} a second")
+    return 0
 
 
-def load_clips(path: Path, split: str) -> Clips:
-    """Clips of one split ("train" or "held_out") of a file made by this module.
-
-    Raises:
-      ValueError: the file lacks arrays that clips have.
-    """
-    with safetensors.safe_open(path, framework="numpy") as file:
-        wanted = {field.name: f"{split}.{field.name}" for field in dataclasses.fields(Clips)}
-        if missing := set(wanted.values()) - set(file.keys()):
-            raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: make the clips anew with pikastream_jax.training.clips")
-        return Clips(**{name: file.get_tensor(key) for name, key in wanted.items()})
+def digest(*arrays: Array) -> str:
+    """A short name for the bytes of arrays."""
+    total = hashlib.sha256()
+    for array in arrays:
+        total.update(np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()[:16]
 
 
-def load_clip_record(path: Path, length: int) -> tuple[Tokenizer, LatentStatistics]:
+def load_clip_record(folder: Path, length: int) -> tuple[Tokenizer, LatentStatistics]:
     """The tokenizer and the latent statistics that belong to the clips.
 
     Args:
       length: tokens of a prompt.
     """
-    with safetensors.safe_open(path, framework="numpy") as file:
-        record = json.loads(file.metadata()["clips"])
-        statistics = LatentStatistics(file.get_tensor("statistics.mean"), file.get_tensor("statistics.std"))
-    return Tokenizer(record["words"], length), statistics
+    constants = read_constants(folder)
+    statistics = LatentStatistics(constants["statistics.mean"], constants["statistics.std"])
+    return Tokenizer(read_record(folder)["made_with"]["words"], length), statistics
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

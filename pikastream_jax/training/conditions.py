@@ -1,4 +1,4 @@
-"""What the bidirectional DiT makes of its conditions: `python -m pikastream_jax.training.conditions --denoiser RUN --clips FILE`.
+"""What the bidirectional DiT makes of its conditions: `python -m pikastream_jax.training.conditions --denoiser RUN --clips FOLDER`.
 
 The training loss at a few timesteps, on training and on held-out clips, with every condition and with one of them missing or
 another clip's. A condition whose loss does not change when it is taken away is not used; a loss far lower on training clips than
@@ -22,10 +22,12 @@ from pikastream_jax.dit import Denoiser
 from pikastream_jax.nn.layers import Params, functional
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.dit_data import (
+    ClipWindows,
     DiTBatch,
-    draw_batch,
-    load_data,
+    clip_constants,
+    prepare_batch,
     weighted_velocity_loss,
+    windows,
     without_audio,
     without_reference,
     without_text,
@@ -44,9 +46,9 @@ class Arguments:
     denoiser: Path
     """Run folder or .safetensors of the DiT."""
     clips: Path
-    """Prepared clips."""
+    """Folder of clips."""
     batch: int = 24
-    """Clips of each split; 24 are held out."""
+    """Clips of each split."""
     config: str = "tiny"
     """Preset in configs/."""
 
@@ -64,23 +66,28 @@ VARIANTS = {
 }
 
 
-def measure(config: Config, params: Params, data: dict[str, Any], batch: int) -> dict[str, dict[float, dict[str, float]]]:
-    """Loss by split, timestep and variant. The noise is the same in every variant."""
+def measure(config: Config, params: Params, data: dict[str, Any], clips: dict[str, ClipWindows]) -> dict[str, dict[float, dict[str, float]]]:
+    """Loss by split, timestep and variant. The noise is the same in every variant.
+
+    Args:
+      data: see `prepare_batch`.
+      clips: windows of each split.
+    """
     model = functional(lambda rngs: Denoiser(config, rngs=rngs))
-    distance = jnp.full(batch, float(config.stream.reference_distance))
 
     @jax.jit
     def loss(params: Params, given: DiTBatch, t: Float[Array, ""]) -> Float[Array, ""]:
         noise = jax.random.normal(jax.random.key(1), given.latents.shape)
-        times = jnp.full((batch, LATENT_FRAMES), t)
+        times = jnp.full(given.latents.shape[:2], t)
+        distance = jnp.full(len(times), float(config.stream.reference_distance))
         velocity = bidirectional_velocity(model, params, given, interpolate(given.latents, noise, times), times, distance)
         return weighted_velocity_loss(velocity, noise - given.latents, given.weight)
 
     result: dict[str, dict[float, dict[str, float]]] = {}
-    for split in ("train", "held_out"):
-        draw = jax.jit(functools.partial(draw_batch, config, split=split, batch=batch, frames=LATENT_FRAMES, train=False))
-        drawn = draw(data, key=jax.random.key(0))
-        given = {name: variant(drawn) for name, variant in VARIANTS.items()}
+    prepare = jax.jit(functools.partial(prepare_batch, config, train=False))
+    for split, batch in clips.items():
+        prepared = prepare(data, batch, jax.random.key(0))
+        given = {name: variant(prepared) for name, variant in VARIANTS.items()}
         result[split] = {t: {name: float(loss(params, rows, t)) for name, rows in given.items()} for t in TIMESTEPS}
     return result
 
@@ -90,7 +97,8 @@ def main() -> None:
     config = preset(arguments.config)
     model = functional(lambda rngs: Denoiser(config, rngs=rngs))
     params = restore_into(model.abstract, load_weights(arguments.denoiser))
-    result = measure(config, params, load_data(arguments.clips), arguments.batch)
+    clips = {split: windows(config, arguments.clips, split, arguments.batch, LATENT_FRAMES, None)[0] for split in ("train", "held_out")}
+    result = measure(config, params, clip_constants(arguments.clips), clips)
     print(f"{'clips':9} {'t':>5} " + " ".join(f"{name:>12}" for name in VARIANTS))
     for split, rows in result.items():
         for t, row in rows.items():

@@ -27,11 +27,13 @@ from pikastream_jax.streaming.step import Models, denoise_chunk
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.dit_data import (
     CROP,
+    ClipWindows,
     DiTBatch,
-    draw_batch,
-    load_data,
+    clip_constants,
+    prepare_batch,
     text_kept,
     weighted_velocity_loss,
+    windows,
 )
 from pikastream_jax.training.latent_reader import LatentReader, load_reader, misreading, reader_model
 from pikastream_jax.training.loop import Stage, TrainState
@@ -107,10 +109,11 @@ def two_copies(config: Config, batch: DiTBatch, key: Array, chunk_ids: Int[Array
 def causal_velocity(config: Config, model: Functional, params: Params, batch: DiTBatch, copies: TwoCopies) -> Float[Array, "b f r c z"]:
     """The student's velocity of the query copy."""
     denoiser = model.bind(params)
-    text, valid = denoiser.text_conditions(batch.tokens[:, None], batch.valid[:, None])
+    text, valid = denoiser.text_conditions(batch.tokens, batch.valid, batch.frame_prompt)
     once = denoiser.conditions(text, valid, batch.mel, batch.motion, batch.keep_audio)
-    audio = jax.tree.map(lambda kv: jnp.concatenate([kv, kv], axis=2), once.audio)
-    twice = dataclasses.replace(once, audio=audio, motion=jnp.concatenate([once.motion, once.motion], axis=1))
+    text, audio = jax.tree.map(lambda kv: jnp.concatenate([kv, kv], axis=2), (once.text, once.audio))
+    valid, motion = (jnp.concatenate([x, x], axis=1) for x in (once.text_valid, once.motion))
+    twice = dataclasses.replace(once, text=text, text_valid=valid, audio=audio, motion=motion)
     velocity = denoiser.dit.forward_sequence(
         copies.x,
         copies.t,
@@ -142,12 +145,13 @@ def sample_causal(
     b, f = batch.latents.shape[:2]
     denoiser = model.bind(params)
     state = install_reference(init_state(config, b), denoiser.dit.reference_keys_values(batch.reference))
-    text, valid = denoiser.text_conditions(batch.tokens[:, None], batch.valid[:, None])
+    text, valid = denoiser.text_conditions(batch.tokens, batch.valid, batch.frame_prompt)
     size = config.stream.chunk
     chunks = []
     for first in range(0, f, size):
         now = slice(first, first + size)
-        conditions = denoiser.conditions(text, valid, batch.mel[:, now], batch.motion[:, now])
+        text_now = jax.tree.map(lambda kv, now=now: kv[:, :, now], text)
+        conditions = denoiser.conditions(text_now, valid[:, now], batch.mel[:, now], batch.motion[:, now])
         noise = jax.random.normal(jax.random.fold_in(key, first), (b, size, *batch.latents.shape[2:]))
         state, latents = denoise_chunk(models, params, state, conditions, noise)
         chunks.append(latents)
@@ -155,17 +159,17 @@ def sample_causal(
 
 
 def sampler(
-    config: Config, model: Functional, init: dict[str, Path], data: Callable[[], dict], frames: int
+    config: Config, model: Functional, init: dict[str, Path], data: Callable[[], dict], unseen: Callable[[], ClipWindows]
 ) -> Callable[[TrainState, Path], None]:
-    """Draws the roll-outs of four held-out clips under the truth; see `Stage.sample`."""
+    """Draws the roll-outs of the first four `unseen` clips under the truth; see `Stage.sample`."""
 
     @jax.jit
-    def roll_out(params, data):
-        batch = draw_batch(config, data, "held_out", jax.random.key(0), 4, frames, train=False)
-        return batch.latents, sample_causal(config, model, params, batch, jax.random.key(2))
+    def roll_out(params, data, batch):
+        rows = prepare_batch(config, data, jax.tree.map(lambda leaf: leaf[:4], batch), jax.random.key(0), train=False)
+        return rows.latents, sample_causal(config, model, params, rows, jax.random.key(2))
 
     def sample(state: TrainState, path: Path) -> None:
-        truth, generated = roll_out(state.ema, data())
+        truth, generated = roll_out(state.ema, data(), unseen())
         save_preview(config, init, path, np.asarray(truth), np.asarray(generated))
 
     return sample
@@ -187,9 +191,9 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         params = restore_into(model.abstract, load_weights(init["denoiser"]))
         return TrainState.start(params, optimiser)
 
-    def update(state: TrainState, key: Array, data: dict, batch: dict) -> tuple[TrainState, dict]:
+    def update(state: TrainState, key: Array, data: dict, batch: ClipWindows) -> tuple[TrainState, dict]:
         k_data, k_chunks, k_loss = jax.random.split(key, 3)
-        rows = split_batch(draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames, crop=CROP))
+        rows = split_batch(prepare_batch(config, data, batch, k_data, crop=CROP))
         chunk_ids = random_chunks(k_chunks, settings.batch, settings.latent_frames, config.stream.chunk)
 
         def total(params: Params) -> tuple[Float[Array, ""], dict]:
@@ -199,13 +203,15 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         gradient, parts = jax.grad(total, has_aux=True)(state.params)
         return state.descend(gradient, optimiser, settings.ema), parts
 
-    data = functools.cache(lambda: load_data(init["clips"]) | {"reader": load_reader(config, init["reader"])})
+    data = functools.cache(lambda: clip_constants(init["clips"]) | {"reader": load_reader(config, init["reader"])})
+
+    unseen = functools.cache(lambda: windows(config, init["clips"], "held_out", 24, settings.latent_frames, None)[0])
 
     @jax.jit
-    def held_out(params, data):
-        batch = draw_batch(config, data, "held_out", jax.random.key(0), 24, settings.latent_frames, train=False)
+    def held_out(params, data, batch):
+        rows = prepare_batch(config, data, batch, jax.random.key(0), train=False)
         chunk_ids = stream_chunks(config, 24, settings.latent_frames)
-        return causal_losses(config, model, params, batch, jax.random.key(1), chunk_ids, reader.bind(data["reader"]))
+        return causal_losses(config, model, params, rows, jax.random.key(1), chunk_ids, reader.bind(data["reader"]))
 
     return Stage(
         name="dit_causal",
@@ -214,9 +220,10 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         init=initial_state,
         update=update,
         data=data,
+        batches=lambda: windows(config, init["clips"], "train", settings.batch, settings.latent_frames, seed),
         config=record(config, settings),
-        evaluate=lambda state: held_out(state.ema, data()),
+        evaluate=lambda state: held_out(state.ema, data(), unseen()),
         evaluate_every=100,
-        sample=sampler(config, functional(lambda rngs: Denoiser(config, rngs=rngs)), init, data, settings.latent_frames),
+        sample=sampler(config, functional(lambda rngs: Denoiser(config, rngs=rngs)), init, data, unseen),
         sample_every=150,
     )

@@ -1,27 +1,47 @@
-"""Batches for the DiT's stages: random windows of the prepared clips with their sound, captions and references."""
+"""Batches for the DiT's stages: random windows of the prepared clips, cut on the host and made ready on the device."""
 
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Float16, Int, UInt8
 
 from pikastream_jax.config import Config
-from pikastream_jax.data.corpus import audio_slices, augment, load_corpus, window
+from pikastream_jax.data.corpus import MEL_FRAMES, audio_slices, augment, dequantise_mel
+from pikastream_jax.flash_vae.latents import LatentStatistics
 from pikastream_jax.nn.layers import Params
 from pikastream_jax.text.tokenizer import COMMA
-from pikastream_jax.training.clips import SPEECH, load_clips
-from pikastream_jax.training.innovations import QUANTITIES, fit_innovations, innovations
+from pikastream_jax.training.innovations import QUANTITIES, Innovations, innovations
 from pikastream_jax.training.losses import region_weights
+from pikastream_jax.training.records import Record, Records, read_constants
+
+if TYPE_CHECKING:
+    import grain
 
 REGION_WEIGHTS = (5.0, 1.5)  # what the boxes of mouth and eyes add to a latent's weight of 1: they are small and they matter
 CROP = 0.75  # share of the picture's sides that is trained on; faces stand in the middle, so any such part holds nearly all that is hard
 DROP = 0.1  # share of rows that lose text, audio or reference, each on its own
 SHORT = 0.3  # share of captions that are cut at a comma: people write "a woman smiling" and no more
+CURATED = 0.25  # share of the clips that are the best, see `clips.quality`
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ClipWindows:
+    """Windows of f latent frames as they lie on the disk; latents normalised. What a grain data set of `windows` gives."""
+
+    latents: Float16[np.ndarray, "b f r c z"]
+    reference: Float16[np.ndarray, "b r c z"]  # the same person at rest
+    boxes: Float[np.ndarray, "b f 2 4"]  # mouth and eyes, pixels, mean over a latent frame
+    truth: Float[np.ndarray, "b f o"]  # what the renderer was told, as `true_readings` puts it, mean over a latent frame
+    mel: UInt8[np.ndarray, "b heard k"]  # `dequantise_mel`; from the first mel frame heard to the end of the window
+    tokens: Int[np.ndarray, "b 2 l"]  # two captions; the same twice where the clip has one
+    valid: Int[np.ndarray, "b 2"]
+    frame_prompt: Int[np.ndarray, "b f"]  # which of them each latent frame follows
 
 
 @jax.tree_util.register_dataclass
@@ -31,53 +51,125 @@ class DiTBatch:
 
     latents: Float[Array, "b f r c z"]
     reference: Float[Array, "b r c z"]
+    other_reference: Float[Array, "b r c z"]  # another person's, never dropped: what a reference is swapped for in mid-stream
     mel: Float[Array, "b f m k"]  # every latent frame's slice
-    tokens: Int[Array, "b l"]
-    valid: Int[Array, "b"]
+    tokens: Int[Array, "b s l"]
+    valid: Int[Array, "b s"]
+    frame_prompt: Int[Array, "b f"]  # which of the s prompts each latent frame follows
     keep_audio: Bool[Array, "b"]
     weight: Float[Array, "b f r c"]  # of the loss; mean 1
     boxes: Float[Array, "b f 2 4"]  # mouth and eyes, in pixels of the part of the picture that the latents show
-    truth: Float[Array, "b f o"]  # see `Clips`
+    truth: Float[Array, "b f o"]  # see `ClipWindows`
     motion: Float[Array, "b f k"]  # what is new in each latent frame's motion, see `innovations`
 
 
-def load_data(clips: Path, speech: Path = SPEECH) -> dict[str, Any]:
-    """Everything a stage draws from: training and held-out clips, and the corpus."""
-    corpus = load_corpus(speech)
-    train = load_clips(clips, "train")
-    return {
-        "train": train,
-        "held_out": load_clips(clips, "held_out"),
-        "innovations": fit_innovations(np.asarray(train.truth)),
-        "mel": corpus.mel,
-        "tracks": corpus.tracks,
-    }
+def clip_constants(folder: Path) -> dict[str, Any]:
+    """What belongs to all clips: `innovations`, which `prepare_batch` needs, and `statistics` of the latents; part of a stage's `data`."""
+    constants = read_constants(folder)
+    told = {field.name: jnp.asarray(constants[f"innovations.{field.name}"]) for field in dataclasses.fields(Innovations)}
+    statistics = LatentStatistics(jnp.asarray(constants["statistics.mean"]), jnp.asarray(constants["statistics.std"]))
+    return {"innovations": Innovations(**told), "statistics": statistics}
 
 
-def text_kept(params: Params) -> Params:
-    """A denoiser's parameters, of which the text encoder's are not trained.
+def windows(
+    config: Config, folder: Path, split: str, batch: int, frames: int, seed: int | None, *, curated: bool = False
+) -> "grain.MapDataset[ClipWindows]":
+    """Batches of windows of `frames` latent frames, without end; element n is the batch of update n, wherever one starts.
 
-    It knows what prompts mean from `text_pretrain`. What a caption is worth to the DiT's losses is too little to keep that: Muon's
-    updates are as large for a weak gradient as for a strong one, and took what a smile is called out of the encoder again.
-    """
-    return params | {"text": jax.lax.stop_gradient(params["text"])}
-
-
-def draw_batch(
-    config: Config,
-    data: dict[str, Any],
-    split: str,
-    key: Array,
-    batch: int,
-    frames: int,
-    *,
-    train: bool = True,
-    crop: float = 1.0,
-) -> DiTBatch:
-    """Random windows of `frames` latent frames.
+    With several processes it is the batch of all of them, of which each takes its rows.
 
     Args:
-      train: augment the sound and drop conditions; otherwise clips are taken in order, from their start.
+      folder: of clips, see `training/clips.py`.
+      seed: every clip once in each round, in an order and with an offset of its own; None for clips in order, from their start.
+      curated: the best `CURATED` of the training clips alone.
+
+    Raises:
+      ValueError: the clips are shorter, or were made for another preset; `curated` held-out clips. See also `Records`.
+    """
+    import grain
+
+    records = Records(folder, split, [*(field.name for field in dataclasses.fields(ClipWindows))])
+    constants = read_constants(folder)
+    _check_preset(config, records, frames)
+    mean, deviation = constants["statistics.mean"], constants["statistics.std"]
+    history = config.audio.mel_frames - MEL_FRAMES
+
+    def cut(record: Record, offset: int) -> ClipWindows:
+        """Without the batch's axis."""
+        stretch = slice(offset, offset + frames)
+
+        def normalised(latents):
+            return ((latents.astype(np.float32) - mean) / deviation).astype(np.float16)
+
+        return ClipWindows(
+            latents=normalised(record["latents"][stretch]),
+            reference=normalised(record["reference"]),
+            boxes=record["boxes"][stretch],
+            truth=record["truth"][stretch],
+            mel=record["mel"][MEL_FRAMES * offset : MEL_FRAMES * (offset + frames) + history],
+            tokens=record["tokens"],
+            valid=record["valid"],
+            frame_prompt=record["frame_prompt"][stretch],
+        )
+
+    source = grain.MapDataset.source(records)
+    if curated:
+        if split != "train":
+            raise ValueError(f"curated clips of {split!r}: only training clips are curated, for all that is measured is measured on all")
+        source = grain.MapDataset.source(_Chosen(records, best_clips(constants["quality"])))
+    if seed is None:
+        rows = source.repeat().map(lambda record: cut(record, 0))
+    else:
+        latest = records.fields["latents"][0][0] - frames
+        rows = source.seed(seed).shuffle().repeat().random_map(lambda record, rng: cut(record, int(rng.integers(latest + 1))))
+    return rows.batch(batch, batch_fn=lambda rows: jax.tree.map(lambda *leaves: np.stack(leaves), *rows))
+
+
+def best_clips(quality: Float[np.ndarray, "n"]) -> Int[np.ndarray, "m"]:
+    """Numbers of the best `CURATED` of the clips, in order; at least one."""
+    best = np.argsort(-quality, kind="stable")[: max(1, round(CURATED * len(quality)))]
+    return np.sort(best)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chosen:
+    """Some of the records."""
+
+    records: Records
+    numbers: Int[np.ndarray, "m"]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.records[self.numbers[index]]
+
+
+def _check_preset(config: Config, records: Records, frames: int) -> None:
+    length, *latent = records.fields["latents"][0]
+    mel = (MEL_FRAMES * (length - 1) + config.audio.mel_frames, config.audio.mels)
+    wanted = {
+        "latents": (length, *config.latent_grid, config.dit.latent_channels),
+        "mel": mel,
+        "tokens": (2, config.text.length),
+    }
+    for name, shape in wanted.items():
+        found = tuple(records.fields[name][0])
+        if found != shape:
+            raise ValueError(f"{records.folder}: {name} have the shape {found}, preset {config.name} needs {shape}: make clips of this preset")
+    if not 1 <= frames <= length:
+        raise ValueError(f"{records.folder}: windows of {frames} latent frames out of clips of {length}: ask for 1 to {length}")
+
+
+def prepare_batch(
+    config: Config, data: dict[str, Any], batch: ClipWindows, key: Array, *, train: bool = True, drop: float = DROP, crop: float = 1.0
+) -> DiTBatch:
+    """What a stage trains on, inside jit, from what the host has cut.
+
+    Args:
+      data: has `clip_constants`.
+      train: augment the sound, cut captions and drop conditions.
+      drop: share of rows that lose text, audio or reference, each on its own, in training.
       crop: share of the picture's height and width (in whole tokens, rounded up) that a random part takes, the same part of video and
         reference. RoPE is relative and the DiT has no other notion of place, so to it a part is a picture with less around.
 
@@ -89,48 +181,45 @@ def draw_batch(
     if config.audio.look_ahead:
         raise ValueError(f"audio.look_ahead {config.audio.look_ahead}: the clips' sound ends with its latent frame, use 0")
     rows, columns = config.latent_grid
-    clips = data[split]
-    count, length = clips.latents.shape[:2]
-    k_clip, k_offset, k_augment, k_drop, k_cut, k_crop, k_motion = jax.random.split(key, 7)
+    b, frames = batch.latents.shape[:2]
+    k_augment, k_drop, k_cut, k_crop, k_motion = jax.random.split(key, 5)
+    mel = dequantise_mel(batch.mel)
     if train:
-        index = jax.random.randint(k_clip, (batch,), 0, count)
-        offset = jax.random.randint(k_offset, (batch,), 0, length - frames + 1)
-    else:
-        index, offset = jnp.arange(batch) % count, jnp.zeros(batch, jnp.int32)
-
-    def one(index, offset, key):
-        latents = jax.lax.dynamic_slice_in_dim(clips.latents[index], offset, frames)
-        boxes = jax.lax.dynamic_slice_in_dim(clips.boxes[index], offset, frames)
-        mel, _ = window(data["mel"], data["tracks"], clips.speech_start[index] + offset, frames, config.audio.mel_frames)
-        if train:
-            mel = augment(mel, key, config.audio)
-        truth = jax.lax.dynamic_slice_in_dim(clips.truth[index], offset, frames)
-        return latents, boxes, truth, audio_slices(mel, frames, config.audio.mel_frames)
-
-    latents, boxes, truth, mel = jax.vmap(one)(index, offset, jax.random.split(k_augment, batch))
+        mel = jax.vmap(lambda mel, key: augment(mel, key, config.audio))(mel, jax.random.split(k_augment, b))
+    boxes = batch.boxes
     weight = region_weights(_latent_boxes(boxes, config.flash_vae.spatial_stride), rows, columns, REGION_WEIGHTS)
-    keep = jax.random.uniform(k_drop, (3, batch)) >= (DROP if train else 0.0)
-    reference = clips.reference[index].astype(jnp.float32)
-    tokens, valid = clips.tokens[index], clips.valid[index]
-    if train:
-        valid = _cut_captions(k_cut, tokens, valid)
+    keep = jax.random.uniform(k_drop, (3, b)) >= (drop if train else 0.0)
+    latents, reference = batch.latents.astype(jnp.float32), batch.reference.astype(jnp.float32)
+    other = jnp.roll(reference, 1, axis=0)
+    valid = _cut_captions(k_cut, batch.tokens, batch.valid) if train else batch.valid
     if crop < 1.0:
-        corner, size = _random_part(config, k_crop, batch, crop)
-        latents, weight, reference = (_cropped(x, corner, size) for x in (latents, weight, reference[:, None]))
-        reference = jnp.squeeze(reference, 1)
+        corner, size = _random_part(config, k_crop, b, crop)
+        latents, weight, references = (_cropped(x, corner, size) for x in (latents, weight, jnp.stack([reference, other], axis=1)))
+        reference, other = references[:, 0], references[:, 1]
         boxes = boxes - config.flash_vae.spatial_stride * jnp.tile(corner, 2)[:, None, None]
     return DiTBatch(
-        latents=latents.astype(jnp.float32),
+        latents=latents,
         reference=jnp.where(keep[0][:, None, None, None], reference, 0.0),
-        mel=mel,
-        tokens=tokens,
-        valid=jnp.where(keep[1], valid, 1),  # the start token alone is the empty prompt
+        other_reference=other,
+        mel=audio_slices(mel, frames, config.audio.mel_frames),
+        tokens=batch.tokens,
+        valid=jnp.where(keep[1][:, None], valid, 1),  # the start token alone is the empty prompt
+        frame_prompt=batch.frame_prompt,
         keep_audio=keep[2],
         weight=weight / jnp.mean(weight, axis=(2, 3), keepdims=True),
         boxes=boxes,
-        truth=truth,
-        motion=innovations(data["innovations"], truth, k_motion),
+        truth=batch.truth,
+        motion=innovations(data["innovations"], batch.truth, k_motion),
     )
+
+
+def text_kept(params: Params) -> Params:
+    """A denoiser's parameters, of which the text encoder's are not trained.
+
+    It knows what prompts mean from `text_pretrain`. What a caption is worth to the DiT's losses is too little to keep that: Muon's
+    updates are as large for a weak gradient as for a strong one, and took what a smile is called out of the encoder again.
+    """
+    return params | {"text": jax.lax.stop_gradient(params["text"])}
 
 
 def without_text(batch: DiTBatch) -> DiTBatch:
@@ -148,13 +237,13 @@ def without_reference(batch: DiTBatch) -> DiTBatch:
     return dataclasses.replace(batch, reference=jnp.zeros_like(batch.reference))
 
 
-def _cut_captions(key: Array, tokens: Int[Array, "b l"], valid: Int[Array, "b"]) -> Int[Array, "b"]:
+def _cut_captions(key: Array, tokens: Int[Array, "*b l"], valid: Int[Array, "*b"]) -> Int[Array, "*b"]:
     """How many tokens of each caption are left when `SHORT` of those with commas end before one of them."""
     k_short, k_comma = jax.random.split(key)
-    comma = (tokens == COMMA) & (jnp.arange(tokens.shape[1]) < valid[:, None])
-    end = jnp.argmax(comma * jax.random.uniform(k_comma, comma.shape), axis=1)
+    comma = (tokens == COMMA) & (jnp.arange(tokens.shape[-1]) < valid[..., None])
+    end = jnp.argmax(comma * jax.random.uniform(k_comma, comma.shape), axis=-1)
     short = jax.random.uniform(k_short, valid.shape) < SHORT
-    return jnp.where(short & comma.any(axis=1), end, valid)
+    return jnp.where(short & comma.any(axis=-1), end, valid)
 
 
 def _random_part(config: Config, key: Array, batch: int, share: float) -> tuple[Int[Array, "b 2"], tuple[int, int]]:

@@ -28,11 +28,13 @@ from pikastream_jax.training.dit_causal import (
 )
 from pikastream_jax.training.dit_data import (
     CROP,
+    ClipWindows,
     DiTBatch,
-    draw_batch,
-    load_data,
+    clip_constants,
+    prepare_batch,
     text_kept,
     weighted_velocity_loss,
+    windows,
 )
 from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
@@ -80,20 +82,22 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         wanted = guided_velocity(config, model, guide, batch, copies, settings)
         return weighted_velocity_loss(causal_velocity(config, model, params, batch, copies), wanted, batch.weight)
 
-    def update(state: TrainState, key: Array, data: dict, batch: dict) -> tuple[TrainState, dict]:
+    def update(state: TrainState, key: Array, data: dict, batch: ClipWindows) -> tuple[TrainState, dict]:
         k_data, k_chunks, k_loss = jax.random.split(key, 3)
-        rows = split_batch(draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames, crop=CROP))
+        rows = split_batch(prepare_batch(config, data, batch, k_data, crop=CROP))
         chunk_ids = random_chunks(k_chunks, settings.batch, settings.latent_frames, config.stream.chunk)
         value, gradient = jax.value_and_grad(lambda params: error(text_kept(params), data["guide"], rows, k_loss, chunk_ids))(state.params)
         return state.descend(gradient, optimiser, settings.ema), {"loss": value}
 
-    data = functools.cache(lambda: load_data(init["clips"]) | {"guide": weights("guide" if "guide" in init else "denoiser")})
+    data = functools.cache(lambda: clip_constants(init["clips"]) | {"guide": weights("guide" if "guide" in init else "denoiser")})
+
+    unseen = functools.cache(lambda: windows(config, init["clips"], "held_out", 12, settings.latent_frames, None)[0])
 
     @jax.jit
-    def held_out(params, data):
-        batch = draw_batch(config, data, "held_out", jax.random.key(0), 12, settings.latent_frames, train=False)
+    def held_out(params, data, batch):
+        rows = prepare_batch(config, data, batch, jax.random.key(0), train=False)
         chunk_ids = stream_chunks(config, 12, settings.latent_frames)
-        return {"loss": error(params, data["guide"], batch, jax.random.key(1), chunk_ids)}
+        return {"loss": error(params, data["guide"], rows, jax.random.key(1), chunk_ids)}
 
     return Stage(
         name="dit_guidance",
@@ -102,9 +106,10 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         init=lambda: TrainState.start(weights("denoiser"), optimiser),
         update=update,
         data=data,
+        batches=lambda: windows(config, init["clips"], "train", settings.batch, settings.latent_frames, seed),
         config=record(config, settings),
-        evaluate=lambda state: held_out(state.ema, data()),
+        evaluate=lambda state: held_out(state.ema, data(), unseen()),
         evaluate_every=50,
-        sample=sampler(config, functional(lambda rngs: Denoiser(config, rngs=rngs)), init, data, settings.latent_frames),
+        sample=sampler(config, functional(lambda rngs: Denoiser(config, rngs=rngs)), init, data, unseen),
         sample_every=100,
     )

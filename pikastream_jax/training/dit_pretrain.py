@@ -16,11 +16,13 @@ from pikastream_jax.nn.layers import Params, functional, initial_params
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.dit_data import (
     CROP,
+    ClipWindows,
     DiTBatch,
-    draw_batch,
-    load_data,
+    clip_constants,
+    prepare_batch,
     text_kept,
     weighted_velocity_loss,
+    windows,
 )
 from pikastream_jax.training.latent_reader import load_reader, misreading, reader_model
 from pikastream_jax.training.loop import Stage, TrainState
@@ -91,28 +93,30 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         misread = misreading(reader.bind(reader_params), batch, velocity, noise, t)
         return value + settings.reading * (misread["identity"] + misread["expression"]), {"loss": value} | misread
 
-    def update(state: TrainState, key: Array, data: dict, batch: dict) -> tuple[TrainState, dict]:
+    def update(state: TrainState, key: Array, data: dict, batch: ClipWindows) -> tuple[TrainState, dict]:
         k_data, k_loss = jax.random.split(key)
-        rows = split_batch(draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames, crop=CROP))
+        rows = split_batch(prepare_batch(config, data, batch, k_data, crop=CROP))
         gradient, parts = jax.grad(losses, has_aux=True)(state.params, rows, k_loss, data["reader"])
         return state.descend(gradient, optimiser, settings.ema), parts
 
-    data = functools.cache(lambda: load_data(init["clips"]) | {"reader": load_reader(config, init["reader"])})
+    data = functools.cache(lambda: clip_constants(init["clips"]) | {"reader": load_reader(config, init["reader"])})
+
+    unseen = functools.cache(lambda: windows(config, init["clips"], "held_out", 24, settings.latent_frames, None)[0])
 
     @jax.jit
-    def held_out(params, data):
-        batch = draw_batch(config, data, "held_out", jax.random.key(0), 24, settings.latent_frames, train=False)
-        return losses(params, batch, jax.random.key(1), data["reader"])[1]
+    def held_out(params, data, batch):
+        rows = prepare_batch(config, data, batch, jax.random.key(0), train=False)
+        return losses(params, rows, jax.random.key(1), data["reader"])[1]
 
     @jax.jit
-    def sample_clip(params, data):
-        batch = draw_batch(config, data, "held_out", jax.random.key(0), 4, settings.latent_frames, train=False)
-        start = jax.random.normal(jax.random.key(2), batch.latents.shape)
+    def sample_clip(params, data, batch):
+        rows = prepare_batch(config, data, jax.tree.map(lambda leaf: leaf[:4], batch), jax.random.key(0), train=False)
+        start = jax.random.normal(jax.random.key(2), rows.latents.shape)
         distance = jnp.full(4, float(config.stream.reference_distance))
-        return batch.latents, sample_teacher(model, params, batch, start, solver_timesteps(12, settings.shift), distance)[0]
+        return rows.latents, sample_teacher(model, params, rows, start, solver_timesteps(12, settings.shift), distance)[0]
 
     def sample(state: TrainState, path: Path) -> None:
-        truth, generated = sample_clip(state.ema, data())
+        truth, generated = sample_clip(state.ema, data(), unseen())
         save_preview(config, init, path, np.asarray(truth), np.asarray(generated))
 
     return Stage(
@@ -122,8 +126,9 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         init=initial_state,
         update=update,
         data=data,
+        batches=lambda: windows(config, init["clips"], "train", settings.batch, settings.latent_frames, seed),
         config={"preset": config.name, "dit": dataclasses.asdict(config.dit), "stage": settings.record()},
-        evaluate=lambda state: held_out(state.ema, data()),
+        evaluate=lambda state: held_out(state.ema, data(), unseen()),
         evaluate_every=200,
         sample=sample,
         sample_every=400,

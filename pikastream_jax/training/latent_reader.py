@@ -24,7 +24,7 @@ from pikastream_jax.config import Config
 from pikastream_jax.measuring.estimator import COLUMNS, READERS
 from pikastream_jax.nn.layers import Functional, Params, functional, initial_params
 from pikastream_jax.training.checkpoint import load_weights
-from pikastream_jax.training.dit_data import CROP, DiTBatch, draw_batch, load_data
+from pikastream_jax.training.dit_data import CROP, ClipWindows, DiTBatch, clip_constants, prepare_batch, windows
 from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
@@ -145,20 +145,22 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         value = sum(parts.values())
         return value, {"loss": value} | parts
 
-    def update(state: TrainState, key: Array, data: dict, batch: dict) -> tuple[TrainState, dict]:
+    def update(state: TrainState, key: Array, data: dict, batch: ClipWindows) -> tuple[TrainState, dict]:
         k_data, k_level, k_noise = jax.random.split(key, 3)
-        rows = split_batch(draw_batch(config, data, "train", k_data, settings.batch, settings.latent_frames, crop=CROP))
+        rows = split_batch(prepare_batch(config, data, batch, k_data, crop=CROP))
         level = jax.random.uniform(k_level, (settings.batch, settings.latent_frames, 1, 1, 1), minval=-settings.noise, maxval=settings.noise)
         latents = rows.latents + jnp.maximum(level, 0.0) * jax.random.normal(k_noise, rows.latents.shape)
         gradient, parts = jax.grad(loss, has_aux=True)(state.params, latents, rows)
         return state.descend(gradient, optimiser, settings.ema), parts
 
-    data = functools.cache(lambda: load_data(init["clips"]))
+    data = functools.cache(lambda: clip_constants(init["clips"]))
+
+    unseen = functools.cache(lambda: windows(config, init["clips"], "held_out", 96, settings.latent_frames, None)[0])
 
     @jax.jit
-    def held_out(params, data):
-        batch = draw_batch(config, data, "held_out", jax.random.key(0), 24, data["held_out"].latents.shape[1], train=False, crop=CROP)
-        return loss(params, batch.latents, batch)[1]
+    def held_out(params, data, batch):
+        rows = prepare_batch(config, data, batch, jax.random.key(0), train=False, crop=CROP)
+        return loss(params, rows.latents, rows)[1]
 
     return Stage(
         name="latent_reader",
@@ -167,7 +169,8 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         init=initial_state,
         update=update,
         data=data,
+        batches=lambda: windows(config, init["clips"], "train", settings.batch, settings.latent_frames, seed),
         config={"preset": config.name, "stage": settings.record()},
-        evaluate=lambda state: held_out(state.ema, data()),
+        evaluate=lambda state: held_out(state.ema, data(), unseen()),
         evaluate_every=250,
     )

@@ -64,7 +64,7 @@ def bidirectional_velocity(
       distance: latent frames from the clip's last one to the reference's place.
     """
     denoiser = model.bind(params)
-    text, valid = denoiser.text_conditions(batch.tokens[:, None], batch.valid[:, None])
+    text, valid = denoiser.text_conditions(batch.tokens, batch.valid, batch.frame_prompt)
     b, f = t.shape
     return denoiser.dit.forward_sequence(
         x,

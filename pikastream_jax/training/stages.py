@@ -51,9 +51,11 @@ class Entry:
 
 
 _PACKAGE = "pikastream_jax.training."
-_VAE = ("vae_adversarial", "vae_streaming")
-_CLIPS = {"clips": ("clips",), "flash_vae": _VAE}
+FLASH_VAE = ("vae_adversarial", "vae_streaming")
+_CLIPS = {"clips": ("clips",), "flash_vae": FLASH_VAE}
 _READER = {"reader": ("latent_reader",)}
+_REWARDS = {f"reward_{name}": (f"reward_{name}",) for name in ("identity", "lip_sync", "motion", "artifact")}
+TEACHERS = ("dit_reward", "dit_sft", "dit_pretrain")
 
 STAGES = {
     "vae_low_res": Entry(_PACKAGE + "vae_low_res", takes={"flash_vae": ()}),
@@ -63,12 +65,21 @@ STAGES = {
     "text_pretrain": Entry(_PACKAGE + "text_pretrain", needs={"clips": ("clips",)}),
     "latent_reader": Entry(_PACKAGE + "latent_reader", needs={"clips": ("clips",)}),
     "face_estimator": Entry(_PACKAGE + "face_estimator"),
-    **{f"reward_{name}": Entry(f"{_PACKAGE}reward_{name}", takes={"flash_vae": _VAE}) for name in ("identity", "lip_sync", "motion", "artifact")},
+    **{name: Entry(_PACKAGE + name, takes={"flash_vae": FLASH_VAE}) for name in _REWARDS},
     "dit_pretrain": Entry(
         _PACKAGE + "dit_pretrain",
         needs=_CLIPS | _READER | {"audio": ("audio_pretrain",), "text": ("text_pretrain",)},
         takes={"denoiser": ()},
     ),
-    "dit_causal": Entry(_PACKAGE + "dit_causal", needs=_CLIPS | _READER | {"denoiser": ("dit_pretrain",)}),
+    "dit_reward": Entry(_PACKAGE + "dit_reward", needs=_CLIPS | _REWARDS | {"denoiser": TEACHERS[1:]}),
+    "dit_causal": Entry(_PACKAGE + "dit_causal", needs=_CLIPS | _READER | {"denoiser": TEACHERS}),
     "dit_guidance": Entry(_PACKAGE + "dit_guidance", needs=_CLIPS | {"denoiser": ("dit_causal",)}, takes={"guide": ()}),
+    "dit_self_forcing": Entry(
+        _PACKAGE + "dit_self_forcing",
+        needs=_CLIPS | _READER | {"denoiser": ("dit_causal",), "teacher": TEACHERS},
+        takes={"critic": ()},
+    ),
+    "dit_student_reward": Entry(
+        _PACKAGE + "dit_student_reward", needs=_CLIPS | _REWARDS | {"denoiser": ("dit_self_forcing", "dit_causal")}
+    ),
 }

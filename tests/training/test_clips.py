@@ -1,22 +1,19 @@
 """Clips for the DiT's stages: encoded as the stream encodes, written and read back, captions and sound with them."""
 
 import dataclasses
-import json
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors
-import safetensors.numpy
 from small_corpus import small_corpus
 
 import configs
-from pikastream_jax.data.corpus import save_corpus, window
+from pikastream_jax.data.corpus import MEL_FRAMES, save_corpus
 from pikastream_jax.data.face import FaceState
 from pikastream_jax.measuring.estimator import COLUMNS, READERS
 from pikastream_jax.training import clips
+from pikastream_jax.training.records import Records, read_constants, read_record
 from pikastream_jax.weights import safetensors_io
 from tests.small import small_config, small_models
 
@@ -44,7 +41,7 @@ def test_a_clip_is_encoded_as_the_whole_video_is(monkeypatch):
         vae = models.flash_vae.bind(params)
         still = jnp.broadcast_to(pictures[12], (1, 4, 48, 48, 3))
         return (
-            clips.encode_clip(CONFIG, vae, None, states, reference),
+            jax.tree.map(lambda leaf: leaf[0], clips.encode_clips(CONFIG, vae, None, *(jax.tree.map(lambda leaf: leaf[None], s) for s in (states, reference)))),
             vae.encode(pictures[None, :12])[0][0],
             vae.encode(still)[0][0, 0],
         )
@@ -79,105 +76,133 @@ def sketch(identity, state, size):
     return jnp.sin(x[..., None] * (1 + state.mouth_open) + y[..., None] + person + 5 * state.yaw)
 
 
+def command(patch, folder, out, *more):
+    """Runs the command on the small preset, with the corpus and the weights of `folder`."""
+    arguments = ["clips", "--flash-vae", folder / "vae.safetensors", "--out", out, "--speech", folder / "speech.npz"]
+    arguments += ["--config", "small", "--count", COUNT, "--held-out", HELD_OUT, "--latent-frames", FRAMES, "--shard", 2, *more]
+    patch.setitem(configs.PRESETS, "small", lambda: CONFIG)
+    patch.setattr(clips, "render", sketch)
+    patch.setattr("sys.argv", [str(argument) for argument in arguments])
+    return clips.main()
+
+
 @pytest.fixture(scope="module")
-def file(tmp_path_factory):
-    """Made by the command itself, from a corpus and weights on disk."""
+def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
     save_corpus(folder / "speech.npz", small_corpus())
     safetensors_io.save(folder / "vae.safetensors", small_models(CONFIG)[1].flash_vae, dtype=jnp.float32)
-    out = folder / "new" / "clips.safetensors"
-    arguments = ["clips", "--flash-vae", folder / "vae.safetensors", "--out", out, "--speech", folder / "speech.npz"]
-    arguments += ["--config", "small", "--count", COUNT, "--latent-frames", FRAMES, "--seed", 5]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(inputs):
+    """Made by the command itself."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(configs.PRESETS, "small", lambda: CONFIG)
-        patch.setattr(clips, "HELD_OUT_CLIPS", HELD_OUT)
-        patch.setattr(clips, "render", sketch)
-        patch.setattr("sys.argv", [str(argument) for argument in arguments])
-        clips.main()
-    return out
+        assert command(patch, inputs, inputs / "new" / "clips", "--seed", 5) == 0
+    return inputs / "new" / "clips"
+
+
+def read(folder, split):
+    records = Records(folder, split)
+    return [records[number] for number in range(len(records))]
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", COUNT), ("held_out", HELD_OUT)])
-def test_a_split_is_read_back_whole(file, split, count):
-    made = clips.load_clips(file, split)
-    assert made.latents.shape == (count, FRAMES, 6, 6, 4) and made.latents.dtype == np.float16
-    assert made.reference.shape == (count, 6, 6, 4) and made.boxes.shape == (count, FRAMES, 2, 4)
-    assert np.isfinite(made.latents).all() and np.isfinite(made.boxes).all()
-    assert (made.boxes >= 0).all() and (made.boxes <= 48).all()
-    assert made.tokens.shape == (count, CONFIG.text.length) and (made.valid > 1).all(), "every clip has a caption"
-    assert set(made.speech_start) <= set(small_corpus().starts(split, FRAMES, CONFIG.audio.mel_frames))
+def test_a_split_is_read_back_whole(made, split, count):
+    rows = read(made, split)
+    assert len(rows) == count
+    sounds = [small_corpus().mel[MEL_FRAMES * start :][: MEL_FRAMES * FRAMES] for start in small_corpus().starts(split, FRAMES, MEL_FRAMES)]
+    for row in rows:
+        assert row["latents"].shape == (FRAMES, 6, 6, 4) and row["latents"].dtype == np.float16
+        assert row["reference"].shape == (6, 6, 4) and row["boxes"].shape == (FRAMES, 2, 4)
+        assert np.isfinite(row["latents"]).all() and (row["boxes"] >= 0).all() and (row["boxes"] <= 48).all()
+        assert row["tokens"].shape == (2, CONFIG.text.length) and (row["valid"] > 1).all(), "every clip has a caption"
+        assert any(np.array_equal(row["mel"], sound) for sound in sounds), "its sound is one stretch of a recording of its split"
 
 
-def test_training_latents_are_normalised_by_the_stored_statistics(file):
-    made = clips.load_clips(file, "train")
-    _, statistics = clips.load_clip_record(file, CONFIG.text.length)
-    flat = made.latents.astype(np.float64).reshape(-1, 4)
-    np.testing.assert_allclose(flat.mean(0), 0, atol=5e-3)
-    np.testing.assert_allclose(flat.std(0), 1, atol=5e-3)
-    with safetensors.safe_open(file, framework="numpy") as stored:
-        np.testing.assert_array_equal(stored.get_tensor("statistics.std"), statistics.std)
-    assert (statistics.std > 1e-3).all() and np.abs(np.asarray(statistics.mean)).max() > 1e-3
+def test_captions_change_once_or_not_at_all(inputs, made):
+    """Where the second is never followed, it is the first."""
+    rows = read(made, "train") + read(made, "held_out")
+    for row in rows:
+        assert (np.diff(row["frame_prompt"]) >= 0).all() and row["frame_prompt"][0] == 0 and set(row["frame_prompt"]) <= {0, 1}
+        if not row["frame_prompt"].any():
+            assert (row["tokens"][0] == row["tokens"][1]).all()
 
 
-def test_the_truth_is_that_of_the_clips_own_sound_and_people(file):
-    """The opening is the speech's, mean over a latent frame; a person's features stay, and are another's than the next one's."""
-    made, corpus = clips.load_clips(file, "train"), small_corpus()
-    columns = list(COLUMNS)
-    mean, scale = READERS["mouth"].quantities["opening"]
-    for truth, start in zip(made.truth, made.speech_start, strict=True):
-        _, speech = window(jnp.asarray(corpus.mel), jnp.asarray(corpus.tracks), start, FRAMES, CONFIG.audio.mel_frames)
-        opening = np.asarray(speech.mouth_open).reshape(FRAMES, 4).mean(axis=1)
-        np.testing.assert_allclose(truth[:, columns.index("opening")] * scale + mean, opening, atol=1e-5)
-    features = made.truth[..., COLUMNS == "identity"]
+def test_training_latents_are_normalised_by_the_stored_statistics(made):
+    _, statistics = clips.load_clip_record(made, CONFIG.text.length)
+    flat = np.concatenate([row["latents"].astype(np.float64).reshape(-1, 4) for row in read(made, "train")])
+    flat = np.asarray(statistics.normalise(flat))
+    np.testing.assert_allclose(flat.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(flat.std(0), 1, atol=1e-4)
+
+
+def test_the_truth_is_of_one_person_each(made):
+    features = np.stack([row["truth"] for row in read(made, "train")])[..., COLUMNS == "identity"]
     assert np.ptp(features, axis=1).max() < 1e-5
     assert (np.abs(features[0, 0] - features[1, 0]) > 1e-3).all()
 
 
-def test_people_and_motion_differ_and_faces_move(file):
-    made, held_out = clips.load_clips(file, "train"), clips.load_clips(file, "held_out")
-    people = np.concatenate([made.reference, held_out.reference]).astype(np.float32)
-    for first in range(len(people)):
-        for second in range(first):
-            assert np.abs(people[first] - people[second]).mean() > 0.05
-    assert (np.abs(np.diff(made.latents.astype(np.float32), axis=1)).max(axis=(1, 2, 3, 4)) > 1e-2).all()
-
-
-def test_a_file_of_another_kind_is_named_with_what_it_lacks(file, tmp_path):
-    with safetensors.safe_open(file, framework="numpy") as stored:
-        arrays = {key: stored.get_tensor(key) for key in stored.keys() if not key.endswith(".truth")}  # noqa: SIM118 (no iterator)
-    safetensors.numpy.save_file(arrays, tmp_path / "old.safetensors")
-    with pytest.raises(ValueError, match=r"old.safetensors lacks train.truth: make the clips anew"):
-        clips.load_clips(tmp_path / "old.safetensors", "train")
-
-
-def test_the_record_says_how_the_clips_were_made(file):
-    tokenizer, _ = clips.load_clip_record(file, CONFIG.text.length)
-    assert tokenizer.length == CONFIG.text.length and tokenizer.size <= CONFIG.text.vocabulary
-    assert clips.load_clips(file, "train").tokens.max() < tokenizer.size
-    with safetensors.safe_open(file, framework="numpy") as stored:
-        record = json.loads(stored.metadata()["clips"])
-    assert record["seed"] == 5 and record["config"] == "small" and record["flash_vae"].endswith("vae.safetensors")
-    assert record["words"] == list(tokenizer.words)
-
-
-def test_clips_are_a_function_of_the_seed(monkeypatch):
-    """Without drawing: what was asked to be drawn is recorded."""
-    monkeypatch.setattr(
-        clips,
-        "encode_clip",
-        lambda config, vae, identity, states, reference: (states.yaw, reference.yaw, identity.eye_y),
-    )
-    model = types.SimpleNamespace(bind=lambda params: None)
+def test_the_opening_is_the_speech_s(made):
     corpus = small_corpus()
-    starts = corpus.starts("train", FRAMES, CONFIG.audio.mel_frames)
+    mean, scale = READERS["mouth"].quantities["opening"]
+    for row in read(made, "train"):
+        start = int(row["mel"][0, 0])  # the corpus has the latent frame's number as its level
+        opening = corpus.tracks[4 * start : 4 * (start + FRAMES), 0].reshape(FRAMES, 4).mean(axis=1) / 255
+        np.testing.assert_allclose(row["truth"][:, list(COLUMNS).index("opening")] * scale + mean, opening, atol=1e-4)
 
-    def draw(seed):
-        return clips.make_clips(CONFIG, model, {}, corpus, starts, COUNT, FRAMES, seed)
 
-    (first, captions), (again, same), (other, others) = draw(1), draw(1), draw(2)
-    assert captions == same and captions != others
-    for name, value in first.items():
-        np.testing.assert_array_equal(value, again[name], err_msg=name)
-    assert first["latents"].shape == (COUNT, 4 * FRAMES)
-    assert all((first[name] != other[name]).any() for name in ("latents", "reference", "boxes", "speech_start"))
-    assert len(set(first["reference"])) == COUNT
+def test_people_differ_and_faces_move(made):
+    rows = read(made, "train") + read(made, "held_out")
+    for number, row in enumerate(rows):
+        assert (np.abs(np.diff(row["latents"].astype(np.float32), axis=0)).max(axis=(1, 2, 3)) > 1e-2).all()
+        for other in rows[:number]:
+            assert np.abs(row["reference"].astype(np.float32) - other["reference"]).mean() > 0.02
+
+
+def test_the_record_says_how_the_clips_were_made(made):
+    tokenizer, _ = clips.load_clip_record(made, CONFIG.text.length)
+    assert tokenizer.length == CONFIG.text.length and tokenizer.size <= CONFIG.text.vocabulary
+    assert max(row["tokens"].max() for row in read(made, "train")) < tokenizer.size
+    told = read_record(made)["made_with"]
+    assert told["seed"] == 5 and told["config"] == "small" and told["words"] == list(tokenizer.words)
+    assert read_constants(made)["quality"].shape == (COUNT,)
+
+
+def test_clips_are_a_function_of_the_seed_however_many_are_drawn_at_a_time(inputs, made, monkeypatch):
+    assert command(monkeypatch, inputs, inputs / "together", "--seed", 5, "--batch", 3) == 0
+    assert command(monkeypatch, inputs, inputs / "other", "--seed", 6) == 0
+    for row, again, other in zip(*(read(folder, "train") for folder in (made, inputs / "together", inputs / "other")), strict=True):
+        for name, value in row.items():
+            np.testing.assert_allclose(value.astype(np.float64), again[name], atol=2e-2, err_msg=name)
+        assert np.abs(row["latents"] - other["latents"]).max() > 0.1
+
+
+def test_quality_is_the_worst_rank():
+    """Four clips, two measures: 1 is best at the first and worst at the second."""
+    measures = np.array([[1.0, 9.0], [4.0, 6.0], [2.0, 8.0], [3.0, 7.0]])
+    np.testing.assert_allclose(clips.quality(measures), [0.25, 0.25, 0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--config", "huge"), "no preset is called 'huge'"),
+        (("--latent-frames", 3), "--latent-frames 3 must be at least 4"),
+        (("--batch", 0), "--batch 0 must be at least 1"),
+        (("--flash-vae", "nowhere"), "nowhere"),
+        (("--speech", "nowhere.npz"), "no speech features at nowhere.npz"),
+        (("--shard", 0), "shard=0 records must be at least 1"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_exit_1(inputs, monkeypatch, tmp_path, capsys, flags, message):
+    assert command(monkeypatch, inputs, tmp_path / "clips", *flags) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("clips: ") and message in line
+    assert not (tmp_path / "clips").exists()
+
+
+def test_another_seed_does_not_go_on_with_the_same_folder(inputs, made, monkeypatch, capsys):
+    before = (made / "record.json").read_bytes()
+    assert command(monkeypatch, inputs, made, "--seed", 7) == 1
+    assert "seed" in capsys.readouterr().err and (made / "record.json").read_bytes() == before

@@ -11,8 +11,7 @@ from pikastream_jax.data.face import neutral_state, sample_identity
 from pikastream_jax.measuring.estimator import COLUMNS, READERS, true_readings
 from pikastream_jax.nn.layers import initial_params
 from pikastream_jax.training import latent_reader
-from pikastream_jax.training.clips import Clips
-from pikastream_jax.training.dit_data import DiTBatch
+from pikastream_jax.training.dit_data import ClipWindows, DiTBatch
 from pikastream_jax.training.innovations import fit_innovations
 from tests.small import small_config
 
@@ -28,8 +27,8 @@ def params():
 
 def batch_of(latents, boxes, truth):
     b, f = latents.shape[:2]
-    nothing = jnp.zeros((b, f))
-    return DiTBatch(latents, latents[:, 0], nothing, nothing, nothing, nothing, nothing, boxes, truth, nothing)
+    nothing = {field.name: jnp.zeros((b, f)) for field in dataclasses.fields(DiTBatch)}
+    return DiTBatch(**nothing | {"latents": latents, "boxes": boxes, "truth": truth})
 
 
 def example(b=2, f=3, rows=12):
@@ -89,19 +88,23 @@ def test_misreading_by_hand(params):
 
 def test_it_learns_and_is_told_nothing_that_it_should_say():
     """On four clips the error falls to less than half; of the truth's columns it sees the pose alone."""
-    stage = latent_reader.build(CONFIG, 0, {}, latent_reader.Settings(updates=60))
+    stage = latent_reader.build(CONFIG, 0, {}, latent_reader.Settings(updates=60, batch=4, latent_frames=6))
     b, length = 4, 6
     latents, boxes, truth = example(b, length, rows=16)
-    mel = np.zeros((60 * 16, CONFIG.audio.mels), np.uint8)
-    clips = Clips(
-        latents=latents.astype(jnp.float16), reference=latents[:, 0].astype(jnp.float16), boxes=boxes, truth=truth,
-        speech_start=jnp.arange(b), tokens=jnp.zeros((b, CONFIG.text.length), jnp.int32), valid=jnp.ones(b, jnp.int32),
-    )  # fmt: skip
-    data = {"train": clips, "held_out": clips, "mel": jnp.asarray(mel), "tracks": jnp.zeros((240, 5), jnp.uint8)}
-    data["innovations"] = fit_innovations(np.asarray(truth))
+    batch = ClipWindows(
+        latents=latents.astype(jnp.float16),
+        reference=latents[:, 0].astype(jnp.float16),
+        boxes=boxes,
+        truth=truth,
+        mel=np.zeros((b, 16 * (length - 1) + CONFIG.audio.mel_frames, CONFIG.audio.mels), np.uint8),
+        tokens=np.zeros((b, 2, CONFIG.text.length), np.int32),
+        valid=np.ones((b, 2), np.int32),
+        frame_prompt=np.zeros((b, length), np.int32),
+    )
+    data = {"innovations": fit_innovations(np.asarray(truth))}
     update, state, losses = jax.jit(stage.update), stage.init(), []
     for step in range(40):
-        state, metrics = update(state, jax.random.fold_in(jax.random.key(0), step), data, {})
+        state, metrics = update(state, jax.random.fold_in(jax.random.key(0), step), data, batch)
         state = dataclasses.replace(state, step=state.step + 1)
         losses.append(float(metrics["loss"]))
     assert np.mean(losses[-5:]) < 0.5 * losses[0], losses

@@ -29,9 +29,11 @@ def some_batch(b=2, f=3, seed=0) -> DiTBatch:
     return DiTBatch(
         latents=jnp.asarray(rng.normal(size=(b, f, 6, 4, 4)), jnp.float32),
         reference=jnp.asarray(rng.normal(size=(b, 6, 4, 4)), jnp.float32),
+        other_reference=jnp.zeros((b, 6, 4, 4)),
         mel=jnp.asarray(rng.normal(size=(b, f, audio.mel_frames, audio.mels)), jnp.float32),
-        tokens=jnp.asarray(rng.integers(2, 60, (b, CONFIG.text.length))),
-        valid=jnp.full(b, 4),
+        tokens=jnp.asarray(rng.integers(2, 60, (b, 1, CONFIG.text.length))),
+        valid=jnp.full((b, 1), 4),
+        frame_prompt=jnp.zeros((b, f), jnp.int32),
         keep_audio=jnp.ones(b, bool),
         weight=jnp.ones((b, f, 6, 4)),
         boxes=jnp.zeros((b, f, 2, 4)),
@@ -95,7 +97,7 @@ def test_guidance_by_hand():
 
     def velocity(told):
         calls.append(told)
-        words, face = told.valid > 1, jnp.any(told.reference != 0, axis=(1, 2, 3))
+        words, face = (told.valid > 1).all(axis=1), jnp.any(told.reference != 0, axis=(1, 2, 3))
         answer = 1.0 + 10 * words + 100 * face + 1000 * told.keep_audio
         return jnp.broadcast_to(answer[:, None, None, None, None], batch.latents.shape)
 
