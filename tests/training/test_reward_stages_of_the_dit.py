@@ -1,0 +1,119 @@
+"""ReFL on teacher and student: the window of steps, the anchor, decoding along the stream, and updates that climb."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from coded_clips import coded_batch, coded_constants, write_coded
+
+from pikastream_jax.diffusion.flow import solver_timesteps
+from pikastream_jax.rewards import REWARDS, Rewards
+from pikastream_jax.training import dit_reward, dit_student_reward
+from pikastream_jax.training.dit_data import prepare_batch
+from pikastream_jax.training.mesh import replicate
+from pikastream_jax.training.optimiser import OptimiserConfig
+from pikastream_jax.training.refl import RewardWeights, decode_from
+from pikastream_jax.training.sampling import bidirectional_velocity
+from pikastream_jax.weights import safetensors_io
+from tests.small import randomised, small_config, small_models
+
+CONFIG = small_config(chunk=2, window=4, steps=2)
+ADAM = OptimiserConfig(1e-3, warmup_steps=0, decay="linear", muon=False)
+TEACHER = dit_reward.Settings(updates=10, batch=1, latent_frames=6, steps=4, window=2, earliest=1, decoded=4, optimiser=ADAM)
+STUDENT = dit_student_reward.Settings(updates=10, batch=2, latent_frames=8, judged=4, optimiser=ADAM)
+
+
+@pytest.fixture(scope="module")
+def init(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    _, params = small_models(CONFIG)
+    weights = {"denoiser": params.denoiser, "flash_vae": params.flash_vae}
+    weights |= {f"reward_{name}": randomised(model.abstract, 3) for name, model in Rewards.of(CONFIG).models.items()}
+    for name, tree in weights.items():
+        safetensors_io.save(folder / f"{name}.safetensors", tree, dtype=jnp.float32)
+    return {name: folder / f"{name}.safetensors" for name in weights} | {"clips": write_coded(folder / "clips", CONFIG)}
+
+
+def test_the_window_is_the_end_of_the_solver(init):
+    """First steps without gradient, then the window, then the clean latents that its last velocity points to; by hand, step by step."""
+    models, params = small_models(CONFIG)
+    rows = prepare_batch(CONFIG, coded_constants(CONFIG), coded_batch(CONFIG, 2, 3), jax.random.key(0), train=False)
+    noise = jax.random.normal(jax.random.key(1), rows.latents.shape)
+    distance, times = jnp.full(2, 8.0), solver_timesteps(4, 3.0)
+    velocity = jax.jit(lambda x, t: bidirectional_velocity(models.denoiser, params.denoiser, rows, x, jnp.full(x.shape[:2], t), distance))
+    window = jax.jit(lambda noise: dit_reward.sampled_window(models.denoiser, params.denoiser, rows, noise, times, jnp.int32(1), 2, distance))
+    clean, (points, asked, velocities) = window(noise)
+    x, expected = noise, []
+    for index in range(3):
+        v = velocity(x, times[index])
+        expected.append((x, times[index], v))
+        last, x = x - times[index] * v, x + (times[index + 1] - times[index]) * v
+    np.testing.assert_allclose(asked, times[1:3])
+    for row, (point, _, v) in enumerate(expected[1:]):
+        np.testing.assert_allclose(points[row], point, atol=2e-4)
+        np.testing.assert_allclose(velocities[row], v, atol=2e-3)
+    np.testing.assert_allclose(clean, last, atol=2e-3)
+    gradient = jax.jit(jax.grad(lambda noise: jnp.sum(dit_reward.sampled_window(models.denoiser, params.denoiser, rows, noise, times, jnp.int32(1), 2, distance)[0])))(noise)
+    assert (np.asarray(gradient) == 0).all(), "nothing goes back behind the window"
+
+
+def test_the_anchor_by_hand(monkeypatch):
+    """Velocities of 3 against 1 at the first point and 2 against 1 at the second: mean of 4 and 1."""
+    monkeypatch.setattr(dit_reward, "bidirectional_velocity", lambda model, params, batch, x, t, distance: jnp.ones_like(x))
+    velocities = jnp.stack([jnp.full((1, 1, 1, 1, 1), 3.0), jnp.full((1, 1, 1, 1, 1), 2.0)])
+    distance = dit_reward.anchor_distance(None, {}, None, jnp.zeros((2, 1, 1, 1, 1, 1)), jnp.array([0.5, 0.2]), velocities, jnp.ones(1))
+    assert distance == pytest.approx(2.5)
+
+
+def test_pixels_along_the_stream_are_the_streams():
+    """Where the judged chunks' clean latents are what the stream shows, so are the pixels; each chunk's are its own latents' alone."""
+    models, params = small_models(CONFIG)
+    rng = np.random.default_rng(0)
+    latents = jnp.asarray(rng.normal(size=(1, 8, 6, 4, 4)), jnp.float32)
+    clean = latents[:, 4:].reshape(1, 2, 2, 6, 4, 4).swapaxes(0, 1)
+    vae = models.flash_vae.bind(params.flash_vae)
+    along = jax.jit(lambda latents, clean: dit_student_reward.decode_along(vae, params.statistics, latents, clean))
+    expected = jax.jit(lambda latents: decode_from(vae, params.statistics, latents[:, :4], latents[:, 4:]))(latents)
+    np.testing.assert_allclose(along(latents, clean), expected, atol=1e-4)
+    other = along(latents, clean.at[0].add(1.0))
+    change = np.abs(np.asarray(other - expected)).max(axis=(0, 2, 3, 4))
+    assert (change[:8] > 1e-3).all() and (change[8:] < 1e-4).all(), "the next chunk is decoded after what the stream showed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("module", "settings"), [(dit_reward, TEACHER), (dit_student_reward, STUDENT)])
+def test_updates_move_the_denoiser_and_nothing_else(init, module, settings):
+    stage = module.build(CONFIG, 0, init, settings)
+    state, data = replicate(stage.init()), replicate(stage.data())
+    first = jax.tree.map(np.asarray, state.params)
+    update, batches = jax.jit(stage.update), stage.batches()
+    for step in range(2):
+        state, metrics = update(state, jax.random.fold_in(jax.random.key(0), step), data, batches[step])
+        state = dataclasses.replace(state, step=state.step + 1)
+        assert {*REWARDS, "distance", "loss"} == set(metrics) and all(np.isfinite(float(value)) for value in metrics.values())
+        wanted = float(metrics["distance"]) - sum(float(metrics[name]) for name in REWARDS)
+        assert float(metrics["loss"]) == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+        assert (float(metrics["distance"]) < 1e-8) == (step == 0), "at first it is the anchor itself"
+    moved = safetensors_io.flatten(jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b).max(), state.params, first))
+    assert moved["dit.head.projection.kernel"] > 0 == max(value for name, value in moved.items() if name.startswith("text."))
+    assert np.isfinite(float(stage.evaluate(state)["loss"]))
+
+
+@pytest.mark.parametrize(
+    ("module", "settings", "changes", "message"),
+    [
+        (dit_reward, TEACHER, {"window": 4}, "a window of 4 of 4 steps after 1 or more"),
+        (dit_reward, TEACHER, {"decoded": 5}, "decoded 5 latent frames and FlashVAE's window of 2 before them are more than the clip's 6"),
+        (dit_reward, TEACHER, {"anchor": -1.0}, "anchor -1.0 must be at least 0"),
+        (dit_reward, TEACHER, {"weights": dict(identity=-1.0)}, "the weight -1.0 of reward identity must be finite and at least 0"),
+        (dit_student_reward, STUDENT, {"judged": 8}, "judged 8 latent frames of as many"),
+        (dit_student_reward, STUDENT, {"latent_frames": 6}, "use 8 or more, so that eviction is trained"),
+    ],
+)
+def test_what_cannot_be_is_refused(module, settings, changes, message):
+    with pytest.raises(ValueError, match=message):
+        if "weights" in changes:
+            changes = {"weights": RewardWeights(**changes["weights"])}
+        module.build(CONFIG, 0, {}, dataclasses.replace(settings, **changes))
