@@ -95,8 +95,13 @@ def true_curves(identity: Identity, audio: Float[np.ndarray, " n"]) -> TrueCurve
     still = dataclasses.replace(
         neutral_state(frames), mouth_open=jnp.asarray(track.mouth_open), mouth_width=jnp.asarray(track.mouth_width)
     )
-    _, width = _mouth(identity, still)
-    return TrueCurves(np.asarray(track.mouth_open), np.asarray(width), track)
+    return TrueCurves(np.asarray(track.mouth_open), mouth_of(identity, still)[1], track)
+
+
+def mouth_of(identity: Identity, states: FaceState) -> tuple[Float[np.ndarray, " t"], Float[np.ndarray, " t"]]:
+    """`true_mouth` of a clip of states with leaves ``[t]``: opening and width as fractions of the height of the face."""
+    opening, width = _mouth(identity, states)
+    return np.asarray(opening), np.asarray(width)
 
 
 def true_motion(seed: int, prompt: str, track: SpeechTrack) -> FaceState:

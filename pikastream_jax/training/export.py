@@ -1,17 +1,23 @@
-"""Packs trained runs into the one file that streams: `python -m pikastream_jax.training.export --flash-vae ... --denoiser ...`."""
+"""Packs trained runs into the one file that streams: `python -m pikastream_jax.training.export --config nano`.
+
+By default the student that went farthest in the recipe, with FlashVAE and the clips' vocabulary and latent statistics from the same folder of runs.
+"""
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import tyro
 
 from configs import preset
-from pikastream_jax.streaming.package import SHIPPED, save_package
+from pikastream_jax.streaming.package import save_package
 from pikastream_jax.streaming.step import ModelParams, Models
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.clips import load_clip_record
 from pikastream_jax.training.metrics import METRICS_FILE, read_rows
+from pikastream_jax.training.records import read_record
+from pikastream_jax.training.stages import FLASH_VAE, STUDENTS, best_run
 from pikastream_jax.weights.safetensors_io import restore_into
 
 
@@ -19,31 +25,55 @@ from pikastream_jax.weights.safetensors_io import restore_into
 class Arguments:
     """Write the weights of a stream to one file."""
 
-    flash_vae: Path
-    """Run folder or .safetensors of FlashVAE."""
-    denoiser: Path
-    """Run folder or .safetensors of the student."""
-    clips: Path
-    """The clips it was trained on: vocabulary and latent statistics."""
-    out: Path = SHIPPED
-    """File to write."""
     config: str = "tiny"
     """Preset in configs/."""
+    denoiser: Path | None = None
+    """Run folder or .safetensors of the student; by default of the last of the student's stages that has a run in runs/CONFIG."""
+    flash_vae: Path | None = None
+    """Run folder or .safetensors of FlashVAE; by default runs/CONFIG/vae_adversarial, or else runs/CONFIG/vae_streaming."""
+    clips: Path | None = None
+    """The clips it was trained on: vocabulary and latent statistics; by default runs/CONFIG/clips."""
+    out: Path | None = None
+    """File to write; by default runs/CONFIG/CONFIG.safetensors. What ships is pikastream_jax/assets/tiny.safetensors."""
+    root: Path = Path("runs")
+    """Folder of the presets' runs."""
 
 
-def main() -> None:
-    arguments = tyro.cli(Arguments)
-    config = preset(arguments.config)
+def export(arguments: Arguments) -> Path:
+    """Writes the file.
+
+    Raises:
+      FileNotFoundError: a run or the clips are missing.
+      ValueError: weights that do not fit the preset, or clips of another one.
+    """
+    config, folder = preset(arguments.config), arguments.root / arguments.config
+    denoiser = arguments.denoiser or best_run(folder, STUDENTS, "--denoiser")
+    flash_vae = arguments.flash_vae or best_run(folder, FLASH_VAE, "--flash-vae")
+    clips = arguments.clips or folder / "clips"
+    made_for = read_record(clips)["made_with"]["config"]
+    if made_for != config.name:
+        raise ValueError(f"{clips} holds clips of preset {made_for}, the weights are of {config.name}: give the clips that they were trained on")
     models = Models.of(config)
-    tokenizer, statistics = load_clip_record(arguments.clips, config.text.length)
+    tokenizer, statistics = load_clip_record(clips, config.text.length)
     params = ModelParams(
-        restore_into(models.denoiser.abstract, load_weights(arguments.denoiser)),
-        restore_into(models.flash_vae.abstract, load_weights(arguments.flash_vae)),
+        restore_into(models.denoiser.abstract, load_weights(denoiser)),
+        restore_into(models.flash_vae.abstract, load_weights(flash_vae)),
         statistics,
     )
-    made = {name: _history(getattr(arguments, name)) for name in ("flash_vae", "denoiser")}
-    save_package(arguments.out, config, params, tokenizer, made)
-    print(f"{arguments.out}: {arguments.out.stat().st_size / 1e6:.1f} MB")
+    out = arguments.out or folder / f"{config.name}.safetensors"
+    save_package(out, config, params, tokenizer, {"flash_vae": _history(flash_vae), "denoiser": _history(denoiser)})
+    return out
+
+
+def main() -> int:
+    try:
+        arguments = tyro.cli(Arguments)
+        out = export(arguments)
+    except (ValueError, OSError) as error:
+        print(f"export: {error}", file=sys.stderr)
+        return 1
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+    return 0
 
 
 def _history(run: Path) -> dict:
@@ -56,4 +86,4 @@ def _history(run: Path) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

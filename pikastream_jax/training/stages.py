@@ -56,6 +56,7 @@ _CLIPS = {"clips": ("clips",), "flash_vae": FLASH_VAE}
 _READER = {"reader": ("latent_reader",)}
 _REWARDS = {f"reward_{name}": (f"reward_{name}",) for name in ("identity", "lip_sync", "motion", "artifact")}
 TEACHERS = ("dit_reward", "dit_sft", "dit_pretrain")
+STUDENTS = ("dit_student_reward", "dit_self_forcing", "dit_guidance", "dit_causal")
 
 STAGES = {
     "vae_low_res": Entry(_PACKAGE + "vae_low_res", takes={"flash_vae": ()}),
@@ -83,3 +84,18 @@ STAGES = {
         _PACKAGE + "dit_student_reward", needs=_CLIPS | _REWARDS | {"denoiser": ("dit_self_forcing", "dit_causal")}
     ),
 }
+
+
+def best_run(runs: Path, candidates: tuple[str, ...], flag: str) -> Path:
+    """The first of the candidates, the best first, that has been trained; for commands that are no stage.
+
+    Args:
+      flag: of the command, by which another can be named.
+
+    Raises:
+      FileNotFoundError: none has.
+    """
+    for name in candidates:
+        if (runs / name).exists():
+            return runs / name
+    raise FileNotFoundError(f"{runs} has no {' or '.join(candidates)}: train one first, or name another with {flag}")

@@ -1,0 +1,77 @@
+"""Packing runs into one file: the student that went farthest, and what a wrong folder says."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+from coded_clips import write_coded
+
+import configs
+from pikastream_jax.streaming.package import load_package
+from pikastream_jax.training import export
+from tests.small import randomised, small_config, small_models
+
+CONFIG = small_config()
+
+
+def clips_of(folder, preset):
+    """Clips that say that they were made for a preset."""
+    record = write_coded(folder, CONFIG, words=["smiling"]) / "record.json"
+    told = json.loads(record.read_text())
+    told["made_with"]["config"] = preset
+    record.write_text(json.dumps(told))
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """Runs of the preset small without weights; those are random and follow from the folder's name."""
+    models, params = small_models(CONFIG)
+
+    def weights(path):
+        return params.flash_vae if path.name.startswith("vae") else randomised(models.denoiser.abstract, len(path.name))
+
+    monkeypatch.setitem(configs.PRESETS, "small", lambda: CONFIG)
+    monkeypatch.setattr(export, "load_weights", weights)
+    clips_of(tmp_path / "small" / "clips", "small")
+    for name in ("vae_streaming", "dit_causal", "dit_self_forcing"):
+        (tmp_path / "small" / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / "small" / name / "config.json").write_text(json.dumps({"stage": name, "seed": 3}))
+        (tmp_path / "small" / name / "metrics.jsonl").write_text('{"kind": "held_out", "step": 9, "loss": 0.5}\n')
+    return tmp_path
+
+
+def run(monkeypatch, root, *arguments):
+    monkeypatch.setattr(sys, "argv", ["export", "--config", "small", "--root", str(root), *arguments])
+    return export.main()
+
+
+def test_the_farthest_student_is_packed(root, monkeypatch, capsys):
+    assert run(monkeypatch, root) == 0
+    path = root / "small" / "small.safetensors"
+    assert str(path) in capsys.readouterr().out
+    package = load_package(path)
+    assert package.metadata["denoiser"]["stage"] == "dit_self_forcing" and package.metadata["denoiser"]["held_out"]["loss"] == 0.5
+    assert package.metadata["flash_vae"]["stage"] == "vae_streaming" and "smiling" in package.tokenizer.words
+    wanted = randomised(package.models.denoiser.abstract, len("dit_self_forcing"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.01), package.params.denoiser, wanted)  # bfloat16
+
+
+def test_a_student_by_name_and_a_file_by_name(root, monkeypatch, tmp_path):
+    assert run(monkeypatch, root, "--denoiser", str(root / "small" / "dit_causal"), "--out", str(tmp_path / "other.safetensors")) == 0
+    assert load_package(tmp_path / "other.safetensors").metadata["denoiser"]["stage"] == "dit_causal"
+
+
+def test_bad_input_is_one_line(root, monkeypatch, capsys):
+    clips_of(root / "others", "tiny")
+    (root / "empty" / "small").mkdir(parents=True)
+    for arguments, said in (
+        (["--clips", str(root / "others")], "clips of preset tiny"),
+        (["--clips", str(root / "gone")], "gone"),
+        (["--root", str(root / "empty")], "has no dit_student_reward or"),
+        (["--config", "huge"], "no preset is called 'huge'"),
+    ):
+        assert run(monkeypatch, root, *arguments) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("export: ") and said in error and error.count("\n") == 1
