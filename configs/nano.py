@@ -36,8 +36,19 @@ def nano() -> Config:
 
 # What differs from the stages' own settings, which are those of `tiny`.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "vae_low_res": {"updates": 600, "batch": 32, "crop": 64},
-    "vae_streaming": {"updates": 300, "crop": 128},
+    "vae_low_res": {"updates": 1_100, "batch": 16, "crop": 64},
+    "vae_streaming": {"updates": 300, "crop": 128, "ema": 0.99, "optimiser": {"learning_rate": 2e-3}},
+    "vae_adversarial": {
+        "updates": 400,
+        "batch": 4,
+        "latent_frames": 2,
+        "crop": 64,
+        "ema": 0.99,
+        "alone": 50,
+        "discriminator_dim": 16,
+        "optimiser": {"warmup_steps": 20},
+    },
+    "vae_conv3d": {"updates": 300, "batch": 6, "crop": 64, "ema": 0.99, "optimiser": {"warmup_steps": 50}},
     "audio_pretrain": {"updates": 700},
     "text_pretrain": {"updates": 300},
     "latent_reader": {"updates": 600},

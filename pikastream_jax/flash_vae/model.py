@@ -14,6 +14,9 @@ from pikastream_jax.flash_vae.upsample import Upsampler
 from pikastream_jax.nn.layers import RMSNorm
 from pikastream_jax.nn.patch import patchify
 
+# The modules that turn latents into video; the others make latents.
+DECODER_PARTS = ("latent_in", "decoder", "upsampler")
+
 
 class FlashVAE(nnx.Module):
     """Video in [-1, 1] <-> latents (not normalised: see `latents.LatentStatistics`)."""

@@ -61,7 +61,10 @@ STUDENTS = ("dit_student_reward", "dit_self_forcing", "dit_guidance", "dit_causa
 STAGES = {
     "vae_low_res": Entry(_PACKAGE + "vae_low_res", takes={"flash_vae": ()}),
     "vae_streaming": Entry(_PACKAGE + "vae_streaming", needs={"flash_vae": ("vae_low_res",)}),
-    "vae_decoder": Entry(_PACKAGE + "vae_decoder", needs={"flash_vae": ("vae_streaming",), "face_reader": ("face_reader",)}),
+    "vae_adversarial": Entry(
+        _PACKAGE + "vae_adversarial", needs={"flash_vae": ("vae_streaming",)}, takes={"face_reader": ("face_reader",)}
+    ),
+    "vae_conv3d": Entry(_PACKAGE + "vae_conv3d", needs={"flash_vae": ("vae_streaming",)}),
     "audio_pretrain": Entry(_PACKAGE + "audio_pretrain"),
     "text_pretrain": Entry(_PACKAGE + "text_pretrain", needs={"clips": ("clips",)}),
     "latent_reader": Entry(_PACKAGE + "latent_reader", needs={"clips": ("clips",)}),
