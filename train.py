@@ -15,6 +15,7 @@ from configs import preset, stage_settings
 from pikastream_jax.training.loop import NonFiniteError, run
 from pikastream_jax.training.mesh import make_mesh
 from pikastream_jax.training.processes import Processes
+from pikastream_jax.training.replay import replay
 from pikastream_jax.training.settings import changed
 from pikastream_jax.training.stages import STAGES, Entry
 
@@ -41,6 +42,10 @@ class Run:
     """Split the model over this many devices. The rest of the devices split the batch."""
     sequence: int = 1
     """Split the latent frames of long clips over this many devices."""
+    keep: int = 2
+    """Checkpoints that stay, the newest."""
+    replay: bool = False
+    """Don't train: run the update again at which a run stopped because something was not finite, and tell what went wrong first."""
     cpu_devices: int = 1
     """Without an accelerator: pose as this many devices, one to a core; it gains little, see docs/training.md."""
     processes: int = 1
@@ -96,8 +101,12 @@ def _train(name: str, entry: Entry, flags: list[str]) -> None:
     mesh = make_mesh(how.fsdp, how.sequence)
     init = entry.hand_over(name, parse_init(how.init), how.runs_folder)
     stage = module.build(config, how.seed, init, told.settings)
+    folder = how.out or how.runs_folder / name
+    if how.replay:
+        print(replay(stage, folder))
+        return
     try:
-        run(stage, how.out or how.runs_folder / name, minutes=how.minutes, steps=how.steps, mesh=mesh)
+        run(stage, folder, minutes=how.minutes, steps=how.steps, keep=how.keep, mesh=mesh)
     except NonFiniteError as error:
         raise ValueError(str(error)) from error
 

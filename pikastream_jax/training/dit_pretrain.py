@@ -13,6 +13,7 @@ from pikastream_jax.config import Config
 from pikastream_jax.diffusion.flow import interpolate, logit_normal_timesteps, solver_timesteps
 from pikastream_jax.dit import Denoiser
 from pikastream_jax.nn.layers import Params, functional, initial_params
+from pikastream_jax.training.accumulate import mean_gradient
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.dit_data import (
     CROP,
@@ -41,6 +42,8 @@ class Settings(DiTSettings):
 
     updates: int = 3_000
     batch: int = 24
+    accumulate: int = 1
+    """Slices in which an update takes its batch, one after another, where the whole of it does not fit in memory."""
     latent_frames: int = 3
     shift: float = 3.0
     """Of the logit-normal timesteps."""
@@ -96,7 +99,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
     def update(state: TrainState, key: Array, data: dict, batch: ClipWindows) -> tuple[TrainState, dict]:
         k_data, k_loss = jax.random.split(key)
         rows = split_batch(prepare_batch(config, data, batch, k_data, crop=CROP))
-        gradient, parts = jax.grad(losses, has_aux=True)(state.params, rows, k_loss, data["reader"])
+        gradient, parts = mean_gradient(losses, settings.accumulate)(state.params, rows, k_loss, data["reader"])
         return state.descend(gradient, optimiser, settings.ema), parts
 
     data = functools.cache(lambda: clip_constants(init["clips"]) | {"reader": load_reader(config, init["reader"])})
@@ -132,4 +135,5 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         evaluate_every=200,
         sample=sample,
         sample_every=400,
+        frames=4 * settings.batch * settings.latent_frames,
     )

@@ -5,6 +5,7 @@ the stage and its seed alone: the update of step n gets `fold_in(key(seed), n)` 
 position in the data and the random state are the step number, and a run stopped anywhere continues bit for bit.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -23,12 +24,16 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree
 from tqdm import tqdm
 
+from pikastream_jax.training.board import open_board
 from pikastream_jax.training.checkpoint import CHECKPOINTS, Checkpoints
+from pikastream_jax.training.failure import keep_failure
 from pikastream_jax.training.mesh import make_mesh, placed, put, put_batch, replicate, replicated
 from pikastream_jax.training.metrics import METRICS_FILE, MetricsFile, convergence_verdict
-from pikastream_jax.training.optimiser import ema_update
+from pikastream_jax.training.optimiser import ema_update, gradient_norms
+from pikastream_jax.training.prefetch import Prefetch
 from pikastream_jax.training.processes import any_process, gather, is_first, on_one_device, on_the_host, passing_folder
 from pikastream_jax.training.signals import StopRequest, stop_on_signal
+from pikastream_jax.training.speed import speed_figures, update_operations
 
 
 @jax.tree_util.register_dataclass
@@ -79,6 +84,7 @@ class Stage:
       evaluate_every: in updates; also done after the last one.
       sample: (state, path.png) -> None, draws a picture of what the model does now.
       sample_every: in updates; also done after the last one.
+      frames: video frames that an update trains on, for the speed in the log; None where it is not about video.
     """
 
     name: str
@@ -93,6 +99,7 @@ class Stage:
     evaluate_every: int = 500
     sample: Callable[[TrainState, Path], None] | None = None
     sample_every: int = 500
+    frames: int | None = None
 
     def __post_init__(self):
         for name in ("total_steps", "evaluate_every", "sample_every"):
@@ -101,7 +108,27 @@ class Stage:
 
 
 class NonFiniteError(RuntimeError):
-    """A metric or a parameter became NaN or infinite. The message names the step and the last good checkpoint."""
+    """A metric or a parameter became NaN or infinite. The message names the step and the last good checkpoint.
+
+    `replay.replay` finds out more from the folder `nan_step_*` that is left.
+    """
+
+
+def not_finite(metrics: dict[str, float]) -> dict[str, float]:
+    """Those that are NaN or infinite, the stage's own before the norms of gradients that follow from them."""
+    names = sorted(metrics, key=lambda name: name.startswith("gradient_norm/"))
+    return {name: metrics[name] for name in names if not math.isfinite(metrics[name])}
+
+
+def step_function(stage: Stage) -> Callable[[TrainState, PyTree[Array], PyTree[Array]], tuple[TrainState, Metrics]]:
+    """One update of `stage` with its key and its count: (state, data, batch) -> (state, metrics), norms of gradients among them."""
+
+    def update(state: TrainState, data: PyTree[Array], batch: PyTree[Array]) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(stage.seed), state.step)
+        new, metrics = stage.update(state, key, data, batch)
+        return dataclasses.replace(new, step=state.step + 1), metrics | gradient_norms(new)
+
+    return update
 
 
 def run(
@@ -112,11 +139,13 @@ def run(
     steps: int | None = None,
     save_every_minutes: float = 5.0,
     log_every: int = 10,
+    keep: int = 2,
     mesh: Mesh | None = None,
 ) -> TrainState:
     """Trains `stage` in `out_dir` until it is complete, its time is up, or the process is asked to stop; then saves.
 
-    The folder gets `metrics.jsonl`, `samples/step_00000500.png`, `checkpoints/` (the last two) and `config.json`.
+    The folder gets `metrics.jsonl`, `samples/step_00000500.png`, `checkpoints/` (the last few), `config.json`, and `tensorboard/` where
+    tensorboardX is installed. Training goes on while a checkpoint is written; on leaving, the last one is waited for.
 
     Args:
       stage: what to train.
@@ -125,6 +154,7 @@ def run(
       steps: stop after this many updates in this stretch; the run can be resumed.
       save_every_minutes: time between checkpoints. One is always written on leaving.
       log_every: updates averaged into a row of metrics. Nothing waits for the device in between.
+      keep: checkpoints that stay, the newest.
       mesh: the devices; by default all of them in the axis `data`. A run can go on on another mesh, and in another number of processes.
 
     Returns:
@@ -133,12 +163,13 @@ def run(
     Raises:
       ValueError: the folder holds another stage, seed or configuration, or the mesh divides neither model nor batch.
       NonFiniteError: see there. The folder's checkpoints are all finite.
+      OSError: the folder cannot be written, or the disk is full. What was saved before is whole.
     """
     for name, value in {"minutes": minutes, "steps": steps, "log_every": log_every}.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be above 0, got {value}")
     with stop_on_signal() as stop_request:
-        stretch = _Stretch(stage, Path(out_dir), log_every, make_mesh() if mesh is None else mesh)
+        stretch = _Stretch(stage, Path(out_dir), log_every, keep, make_mesh() if mesh is None else mesh)
         try:
             with jax.set_mesh(stretch.mesh):
                 return stretch.train(stop_request, minutes, steps, save_every_minutes)
@@ -149,13 +180,13 @@ def run(
 class _Stretch:
     """One process's share of a run: the state between updates, and the open files."""
 
-    def __init__(self, stage: Stage, out_dir: Path, log_every: int, mesh: Mesh):
+    def __init__(self, stage: Stage, out_dir: Path, log_every: int, keep: int, mesh: Mesh):
         self.started = time.monotonic()
         self.mesh = mesh
         out_dir.mkdir(parents=True, exist_ok=True)
         self.stage, self.log_every = stage, log_every
         self.out_dir = out_dir if is_first() else passing_folder()  # but for the checkpoints, files are written once
-        self.checkpoints = Checkpoints(out_dir / CHECKPOINTS)
+        self.checkpoints = Checkpoints(out_dir / CHECKPOINTS, keep)
         self.saved_step = self.checkpoints.latest_step
         self.pending: list[dict[str, Any]] = []  # metrics of the updates since the last row, on the device at first
         self.seconds_before = 0.0  # training time of earlier stretches
@@ -166,23 +197,19 @@ class _Stretch:
                 self.state: TrainState = put(stage.init(), shardings)
         else:
             record = self.checkpoints.record(self.saved_step)
-            _check_same_run(stage, record, out_dir)
+            check_same_run(stage, record, out_dir)
             self.state = self.checkpoints.restore(self.saved_step, abstract)
             self.pending, self.seconds_before = record["pending"], record["seconds"]
         self.step = int(self.state.step)
         self.metrics = MetricsFile(self.out_dir / METRICS_FILE, self.step)
         (self.out_dir / "config.json").write_text(json.dumps(_record(stage), indent=2) + "\n")
 
+        self.board = open_board(self.out_dir / "tensorboard", self.step)
         self.data = replicate(stage.data(), mesh)
-        self.batches = stage.batches() if stage.batches else None
-
-        def update(state: TrainState, data: PyTree[Array], batch: PyTree[Array]) -> tuple[TrainState, Metrics]:
-            key = jax.random.fold_in(jax.random.key(stage.seed), state.step)
-            new, metrics = stage.update(state, key, data, batch)
-            return dataclasses.replace(new, step=state.step + 1), metrics
-
+        self.batches = Prefetch(stage.batches(), self.step, stage.total_steps) if stage.batches else None
         # The state comes back as it went in, however an update splits it.
-        self.update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+        self.update = jax.jit(step_function(stage), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+        self.operations: int | None = None  # of an update; known once it is traced
 
     def train(
         self, stop_request: StopRequest, minutes: float | None, steps: int | None, save_every_minutes: float
@@ -203,7 +230,9 @@ class _Stretch:
             mininterval=0.5 if sys.stderr.isatty() else 30.0,  # a log file wants a line now and then
         ) as bar:
             while self.step < last and not self._agreed(stop_request or time.monotonic() >= deadline):
-                batch = {} if self.batches is None else put_batch(self.batches[self.step], self.mesh)
+                batch = put_batch(self.batches.take(), self.mesh) if self.batches else {}
+                if self.step == first:
+                    self.operations = update_operations(self.update.trace(self.state, self.data, batch))
                 self.state, metrics = self.update(self.state, self.data, batch)
                 self.step += 1
                 self.pending.append(metrics)
@@ -220,12 +249,15 @@ class _Stretch:
                 self.logged_at += time.monotonic() - paused_at  # the speed is that of the updates
         if self.step > first and self.step != self.saved_step:
             self._save()
+        self.checkpoints.wait()
         self._report(stop_request)
         return self.state
 
     def close(self) -> None:
-        self.metrics.close()
-        self.checkpoints.close()
+        with contextlib.ExitStack() as stack:  # each is closed though another's last bytes found the disk full
+            for resource in (self.checkpoints, self.metrics, self.board, self.batches):
+                if resource:
+                    stack.callback(resource.close)
 
     def _agreed(self, wish: bool) -> bool:
         """Whether to do now what any process wishes, each going by its own clock and signals; several processes only ask where they stop to log anyway."""
@@ -239,24 +271,37 @@ class _Stretch:
             samples = self.out_dir / "samples"
             samples.mkdir(exist_ok=True)
             with on_one_device():
-                self.stage.sample(state, samples / f"step_{self.step:08d}.png")
+                picture = samples / f"step_{self.step:08d}.png"
+                self.stage.sample(state, picture)
+                if self.board:
+                    self.board.picture(self.step, "samples", picture)
 
     def _fetch(self) -> None:
         """Brings the pending metrics to the host, which waits for the updates, and checks them."""
         self.pending = [{name: float(value) for name, value in row.items()} for row in jax.device_get(self.pending)]
         for offset, row in enumerate(self.pending):
-            bad = [f"{name} is {value}" for name, value in row.items() if not math.isfinite(value)]
-            if bad:
-                self._fail(self.step - len(self.pending) + 1 + offset, ", ".join(bad))
+            if bad := not_finite(row):
+                what = ", ".join(f"{name} is {value}" for name, value in bad.items())
+                self._fail(self.step - len(self.pending) + 1 + offset, what)
 
     def _fail(self, step: int, what: str) -> None:
+        """Leaves in the folder what shows why, and raises."""
+        with contextlib.suppress(OSError):  # of a save under way; what went wrong first is said
+            self.checkpoints.wait()
+        saved = self.checkpoints.latest_step
         good = (
             "no checkpoint was written yet"
-            if self.saved_step is None
-            else f"the last good checkpoint is {self.checkpoints.path(self.saved_step)} (step {self.saved_step})"
+            if saved is None
+            else f"the last good checkpoint is {self.checkpoints.path(saved)} (step {saved})"
         )
+        try:
+            batch = self.stage.batches()[step - 1] if self.stage.batches else {}
+            folder = keep_failure(self.out_dir, step, _record(self.stage) | {"what": what, "checkpoint": saved}, batch)
+            kept = f"kept for replay in {folder}: the same command with --replay tells what went wrong first"
+        except OSError as error:
+            kept = f"the batch could not be kept ({error})"
         raise NonFiniteError(
-            f"{self.stage.name}: at step {step} {what}; {good}. "
+            f"{self.stage.name}: at step {step} {what}; {good}; {kept}. "
             "Lower the learning rate or change the seed, and start anew."
         )
 
@@ -265,9 +310,12 @@ class _Stretch:
         means = {name: float(np.mean([row[name] for row in self.pending])) for name in self.pending[0]}
         now = time.monotonic()
         speed = (self.step - self.logged_step) / max(now - self.logged_at, 1e-9)
-        self.metrics.append(
-            self.step, "train", means, updates_per_second=round(speed, 3), seconds=round(self._seconds(), 1)
-        )
+        speeds = speed_figures(speed, self.stage.frames, self.operations)
+        self.metrics.append(self.step, "train", means, **speeds, seconds=round(self._seconds(), 1))
+        if self.board:
+            self.board.scalars(self.step, "train", means)
+            self.board.scalars(self.step, "speed", speeds)
+        self.checkpoints.check()  # a full disk is said now, not when the next checkpoint is due
         bar.set_postfix(loss=f"{means['loss']:.4g}", refresh=False)
         bar.update(self.step - bar.n)
         self.pending, self.logged_step, self.logged_at = [], self.step, now
@@ -278,6 +326,8 @@ class _Stretch:
             if not math.isfinite(value):
                 self._fail(self.step, f"held-out {name} is {value}")
         self.metrics.append(self.step, "held_out", values)
+        if self.board:
+            self.board.scalars(self.step, "held_out", values)
         figures = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         if is_first():
             bar.write(f"step {self.step}: held-out {figures}", file=sys.stderr)
@@ -288,7 +338,7 @@ class _Stretch:
         if not all(bool(finite) for finite in jax.device_get(_finite_leaves(self.state))):
             self._fail(self.step, "a parameter or optimiser state is not finite")
         self.metrics.sync()
-        record = _record(self.stage) | {"pending": self.pending, "seconds": self._seconds()}
+        record = _record(self.stage) | {"pending": list(self.pending), "seconds": self._seconds()}  # written later, while `pending` grows
         self.checkpoints.save(self.step, self.state, record)
         self.saved_step = self.step
 
@@ -320,7 +370,7 @@ def _record(stage: Stage) -> dict[str, Any]:
     return {"stage": stage.name, "seed": stage.seed, "total_steps": stage.total_steps, "config": stage.config}
 
 
-def _check_same_run(stage: Stage, record: dict[str, Any], out_dir: Path) -> None:
+def check_same_run(stage: Stage, record: dict[str, Any], out_dir: Path) -> None:
     """Raises ValueError unless the checkpoint's stage, seed and configuration are those of `stage`.
 
     The length may change: that is how an under-trained stage is given more updates.

@@ -17,17 +17,25 @@ class MetricsFile:
 
     def __init__(self, path: str | os.PathLike[str], last_step: int):
         """Opens `path` for appending, keeping only its whole rows with `step <= last_step`."""
-        path = Path(path)
+        self._path = path = Path(path)
         kept = [row for row in read_rows(path) if row["step"] <= last_step] if path.exists() else []
         partial = path.with_name(path.name + ".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         partial.replace(path)
-        self._file = path.open("a")
+        self._file = path.open("ab", buffering=0)  # nothing is left over to be written on closing
 
     def append(self, step: int, kind: str, values: dict[str, float], **more: Any) -> None:
-        """Writes one row and hands it to the operating system, so that a plot can follow the run."""
-        self._file.write(json.dumps({"step": step, "kind": kind, **values, **more}) + "\n")
-        self._file.flush()
+        """Writes one row and hands it to the operating system, so that a plot can follow the run.
+
+        Raises:
+          OSError: it cannot be written.
+        """
+        rest = memoryview((json.dumps({"step": step, "kind": kind, **values, **more}) + "\n").encode())
+        try:
+            while rest:  # the last bytes of a disk are written before the next write says that it is full
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise OSError(f"{self._path} cannot be written ({error.strerror}): make room and run the same command again") from error
 
     def sync(self) -> None:
         """Puts every row on the disk: to be called before a checkpoint that stands for them is written."""

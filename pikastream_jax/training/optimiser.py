@@ -154,13 +154,14 @@ def _norm(tree: PyTree[Array]) -> Float[Array, ""]:
 def gradient_norms(state: PyTree[Array]) -> dict[str, Float[Array, ""]]:
     """{"gradient_norm/GROUP": norm} of the optimiser states anywhere in `state`.
 
-    Where a tree holds several optimisers (a critic's in a `TrainState`'s `extra`), the key over each comes before the group.
+    Of a whole `TrainState` the optimiser's groups are named plainly; those of another optimiser in its `extra` (a critic's) carry its key before them.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda node: isinstance(node, GradientNorms))
     norms = {}
     for path, leaf in leaves:
         if isinstance(leaf, GradientNorms):
-            keys = [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+            keys = [str(getattr(entry, "key", getattr(entry, "name", None))) for entry in path if not hasattr(entry, "idx")]
+            keys = [key for key in keys if key not in ("opt_state", "extra")]
             norms |= {"/".join(["gradient_norm", *keys, name]): norm for name, norm in leaf.groups.items()}
     return norms
 

@@ -6,7 +6,8 @@ import signal
 import jax
 import numpy as np
 import pytest
-from toy_stage import initial_params, toy_stage
+from PIL import Image
+from toy_stage import ToyBatches, full_disk, initial_params, toy_stage
 
 from pikastream_jax.training.checkpoint import Checkpoints
 from pikastream_jax.training.loop import NonFiniteError, run
@@ -17,7 +18,8 @@ def rows(folder):
     timeless = []
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        row.pop("seconds", None), row.pop("updates_per_second", None)
+        for name in ("seconds", "updates_per_second", "frames_per_second", "tera_operations_per_second"):
+            row.pop(name, None)
         timeless.append(row)
     return timeless
 
@@ -27,6 +29,10 @@ def assert_same_run(first, second):
     assert jax.tree.structure(state_a) == jax.tree.structure(state_b)
     jax.tree.map(np.testing.assert_array_equal, state_a, state_b)
     assert rows(folder_a) == rows(folder_b)
+
+
+def save_picture(state, path):
+    Image.fromarray(np.full((4, 6, 3), int(state.step), np.uint8)).save(path)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +85,12 @@ def test_a_finished_run_is_left_alone(whole):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_and_says_how_to_resume(whole, tmp_path, capsys, number):
     handler = signal.getsignal(number)
-    asking = toy_stage(sample=lambda state, path: os.kill(os.getpid(), number), sample_every=17)
+
+    def sample(state, path):
+        save_picture(state, path)
+        os.kill(os.getpid(), number)
+
+    asking = toy_stage(sample=sample, sample_every=17)
     state = run(asking, tmp_path)
     assert int(state.step) == 17
     assert signal.getsignal(number) is handler
@@ -116,16 +127,61 @@ def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
     assert Checkpoints(tmp_path / "checkpoints").latest_step == 12
 
 
+def test_rows_have_norms_of_gradients_and_speeds(tmp_path):
+    run(toy_stage(total_steps=10, frames=24), tmp_path)
+    train, _ = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert train["gradient_norm/blocks"] > 0 and train["gradient_norm/head"] > 0
+    np.testing.assert_allclose(train["frames_per_second"], 24 * train["updates_per_second"], rtol=0.02)
+    assert "tera_operations_per_second" in train and "utilisation" not in train, "a CPU's peak is not known"
+
+
+def test_host_batches_come_in_order_and_a_resumed_run_takes_up_where_it_was(tmp_path):
+    folders = tmp_path / "whole", tmp_path / "parts"
+    source = ToyBatches()
+    whole = run(toy_stage(batches=lambda: source), folders[0])
+    assert source.asked == list(range(60)), "each once, none beyond the last"
+    for steps in (13, 20, None):
+        parts = run(toy_stage(batches=ToyBatches), folders[1], steps=steps)
+    assert_same_run((parts, folders[1]), (whole, folders[0]))
+    unlike = run(toy_stage(), tmp_path / "own")
+    assert any(bool((a != b).any()) for a, b in zip(jax.tree.leaves(unlike), jax.tree.leaves(whole), strict=True))
+
+
+def test_what_goes_wrong_with_a_batch_is_raised_and_what_was_done_is_kept(tmp_path):
+    class Torn(ToyBatches):
+        def __getitem__(self, n):
+            if n == 21:
+                raise ValueError("shard 3 is torn")
+            return super().__getitem__(n)
+
+    with pytest.raises(ValueError, match="shard 3 is torn"):
+        run(toy_stage(batches=Torn), tmp_path, save_every_minutes=0)
+    assert Checkpoints(tmp_path / "checkpoints").latest_step == 21
+
+
+def test_a_full_disk_stops_the_run_with_the_earlier_checkpoint_whole(tmp_path, capsys):
+    del capsys  # keeps what is printed in memory: the limit would hold for a file of it too
+    run(toy_stage(), tmp_path, steps=20)
+    metrics = tmp_path / "metrics.jsonl"
+    before = metrics.read_text()
+    with full_disk(len(before) + 10), pytest.raises(OSError, match=r"metrics.jsonl cannot be written \(File too large\): make room"):
+        run(toy_stage(), tmp_path)
+    assert metrics.read_text()[: len(before)] == before
+    assert int(run(toy_stage(), tmp_path, steps=1).step) == 21
+
+
 def test_only_the_last_two_checkpoints_stay(tmp_path):
     run(toy_stage(), tmp_path, steps=4, save_every_minutes=0)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]
+    run(toy_stage(), tmp_path, steps=3, save_every_minutes=0, keep=3)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["5", "6", "7"]
 
 
 def test_samples_are_named_by_step(tmp_path):
-    stage = toy_stage(total_steps=25, sample=lambda state, path: path.write_text(str(state.step)), sample_every=10)
+    stage = toy_stage(total_steps=25, sample=save_picture, sample_every=10)
     run(stage, tmp_path)
-    found = {path.name: path.read_text() for path in (tmp_path / "samples").iterdir()}
-    assert found == {f"step_{step:08d}.png": str(step) for step in (10, 20, 25)}
+    found = {path.name: np.asarray(Image.open(path))[0, 0, 0] for path in (tmp_path / "samples").iterdir()}
+    assert found == {f"step_{step:08d}.png": step for step in (10, 20, 25)}
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):

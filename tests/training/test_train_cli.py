@@ -41,6 +41,18 @@ def test_a_stage_trains_in_two_stretches(monkeypatch, tmp_path, capsys):
     assert "complete after 70 updates" in capsys.readouterr().err, "a finished run goes on when it is made longer"
 
 
+def test_a_run_that_broke_is_replayed_by_the_same_command(monkeypatch, tmp_path, capsys):
+    broken = ["toy", "--out", tmp_path, "--nan-loss-at", "7"]
+    assert command_line(monkeypatch, *broken) == 1
+    assert "with --replay tells" in capsys.readouterr().err
+    before = sorted(tmp_path.rglob("*"))
+    assert command_line(monkeypatch, *broken, "--replay") == 0
+    assert "step 7 is the first that is not finite\n  metrics: loss nan" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+    assert command_line(monkeypatch, "toy", "--out", tmp_path / "other", "--replay") == 1
+    assert "has no nan_step_* folder" in capsys.readouterr().err
+
+
 def test_settings_are_flags_and_stand_in_the_record(monkeypatch, tmp_path):
     for folder, asked, rate in (("given", ["--learning-rate", "2e-4"], 2e-4), ("own", [], 3e-2)):
         assert command_line(monkeypatch, "toy", "--out", tmp_path / folder, "--steps", "1", *asked) == 0

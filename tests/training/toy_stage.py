@@ -1,9 +1,12 @@
 """A stage that trains in milliseconds: a small residual MLP on random data, its averaged copy and an extra counter."""
 
+import contextlib
 import dataclasses
+import resource
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from pikastream_jax.training.loop import Stage, TrainState
@@ -25,12 +28,29 @@ def initial_params():
     }
 
 
-def loss_function(params, key):
-    x = split_batch(jax.random.normal(key, (32, 8)))
+def loss_function(params, key, batch=None):
+    x = batch["x"] if batch else split_batch(jax.random.normal(key, (32, 8)))
     block = params["blocks"][0]
     hidden = jax.nn.gelu(x @ block["up"]["kernel"] + block["up"]["bias"])
     predicted = (x + hidden @ block["down"]["kernel"]) @ params["head"]["kernel"]
     return jnp.mean((predicted - jnp.sin(2 * x[:, :4])) ** 2)
+
+
+class ToyBatches:
+    """Element n is drawn from n alone, as a grain.MapDataset's is; element `nan_at` (counted from 0) holds a NaN."""
+
+    def __init__(self, length=60, nan_at=-1):
+        self.length, self.nan_at, self.asked = length, nan_at, []
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, n):
+        self.asked.append(n)
+        x = np.random.default_rng(n).normal(size=(32, 8)).astype(np.float32)
+        if n == self.nan_at:
+            x[3, 5] = np.nan
+        return {"x": x}
 
 
 def toy_stage(total_steps=60, seed=0, nan_loss_at=-1, nan_params_at=-1, **changes):
@@ -44,7 +64,7 @@ def toy_stage(total_steps=60, seed=0, nan_loss_at=-1, nan_params_at=-1, **change
         return TrainState(jnp.int32(0), params, optimiser.init(params), params, extra)
 
     def update(state, key, data, batch):
-        loss, gradients = jax.value_and_grad(loss_function)(state.params, key)
+        loss, gradients = jax.value_and_grad(loss_function)(state.params, key, batch)
         updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         spoil_loss, spoil_params = state.extra["nan_at"] == state.step + 1
@@ -57,6 +77,17 @@ def toy_stage(total_steps=60, seed=0, nan_loss_at=-1, nan_params_at=-1, **change
     fields = {"config": {"widths": (8, 16)}, "evaluate_every": 10} | changes
     evaluate = jax.jit(lambda state: {"loss": loss_function(state.ema, jax.random.key(9))})
     return Stage("toy", total_steps, seed, init, update, evaluate=evaluate, **fields)
+
+
+@contextlib.contextmanager
+def full_disk(largest):
+    """The system refuses to write more than `largest` bytes to a file, as a full disk refuses any."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
