@@ -15,6 +15,7 @@ from configs import preset, stage_settings
 from pikastream_jax.training.loop import NonFiniteError, run
 from pikastream_jax.training.mesh import make_mesh
 from pikastream_jax.training.processes import Processes
+from pikastream_jax.training.recipe import run_recipe
 from pikastream_jax.training.replay import replay
 from pikastream_jax.training.settings import changed
 from pikastream_jax.training.stages import STAGES, Entry
@@ -60,6 +61,20 @@ class Run:
         return Path("runs") / self.config if self.runs is None else self.runs
 
 
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """All stages in order, each from what the ones before it made. The same command goes on with a recipe that was stopped."""
+
+    config: str = "tiny"
+    """Preset in configs/."""
+    runs: Path | None = None
+    """Folder of all runs, runs/CONFIG by default."""
+    seed: int = 0
+    """Everything random follows from it."""
+    minutes: float | None = None
+    """Stop after about this many minutes."""
+
+
 def main() -> int:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -67,9 +82,13 @@ def main() -> int:
         return 0
     name, *flags = arguments
     try:
-        if name not in STAGES:
-            raise ValueError(f"unknown stage {name!r}: choose one of {', '.join(STAGES)}")
-        _train(name, STAGES[name], flags)
+        if name == "recipe":
+            told = tyro.cli(Recipe, args=flags, prog="train.py recipe")
+            run_recipe(told.config, told.runs or Path("runs") / told.config, told.seed, told.minutes)
+        elif name in STAGES:
+            _train(name, STAGES[name], flags)
+        else:
+            raise ValueError(f"unknown stage {name!r}: choose one of {', '.join(STAGES)}, or recipe for all of them")
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
@@ -114,7 +133,7 @@ def _train(name: str, entry: Entry, flags: list[str]) -> None:
 def _overview() -> str:
     """The stages, a line each; `train.py STAGE --help` tells the rest."""
     lines = [f"  {name:20} {(entry.load().__doc__ or '').splitlines()[0]}" for name, entry in STAGES.items()]
-    return "\n".join(["usage: train.py STAGE [--config tiny] [options]; train.py STAGE --help lists them", "", *lines])
+    return "\n".join(["usage: train.py STAGE [--config tiny] [options]; train.py STAGE --help lists them", "", *lines, f"  {'recipe':20} {Recipe.__doc__.splitlines()[0]}"])
 
 
 def parse_init(pairs: tuple[str, ...]) -> dict[str, Path]:

@@ -53,5 +53,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "text_pretrain": {"updates": 300},
     "latent_reader": {"updates": 600},
     "dit_pretrain": {"updates": 1_500},
+    "dit_sft": {"updates": 300},
+    "dit_reward": {"updates": 60, "batch": 2},
+    "ode_pairs": {"count": 400, "held_out": 24, "steps": 24},
     "dit_causal": {"updates": 300},
+    "dit_self_forcing": {"updates": 120, "batch": 4},
+    "dit_student_reward": {"updates": 50, "batch": 2},
 }

@@ -1,17 +1,15 @@
 """Causal adaptation: the bidirectional teacher becomes a chunk-by-chunk student that works in few steps.
 
-Two copies of the sequence: the context copy stands at the last timestep of the solver, because the keys and values that inference
-caches are those of its last denoising step; the query copy stands at one of the solver's timesteps, one per chunk. A query chunk
-sees earlier context chunks and itself, a context chunk earlier context and itself; chunk sizes are random per sequence.
-
-The regression target is the data itself (teacher forcing), not yet the teacher's trajectory.
+`--objective ode` regresses the end of the teacher's trajectories from their states at the student's timesteps (`ode_pairs`, `two_copies`),
+`data` the clips themselves from clips with noise (teacher forcing), `diffusion_forcing` the same with one copy in which every chunk has a
+timestep of its own, to compare. `--schedule rolling` trains on the data for the engine's rolling mode (`rolling`).
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +17,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pikastream_jax.config import Config
-from pikastream_jax.diffusion.flow import interpolate, solver_timesteps
 from pikastream_jax.dit import Denoiser
 from pikastream_jax.nn.layers import Functional, Params, functional
 from pikastream_jax.streaming.state import init_state, install_reference
@@ -32,19 +29,29 @@ from pikastream_jax.training.dit_data import (
     clip_constants,
     prepare_batch,
     text_kept,
-    weighted_velocity_loss,
     windows,
 )
-from pikastream_jax.training.latent_reader import LatentReader, load_reader, misreading, reader_model
+from pikastream_jax.training.latent_reader import LatentReader, load_reader, reader_model
 from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
+from pikastream_jax.training.ode_pairs import Pairs, pair_batches, prepare_pairs
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.training.previews import save_preview
+from pikastream_jax.training.roll_out import cropped
+from pikastream_jax.training.rolling import pass_count, random_sizes, rolling_losses
 from pikastream_jax.training.settings import DiTSettings, Optimiser, StageSettings
 from pikastream_jax.training.training_form import training_form
+from pikastream_jax.training.two_copies import (
+    Trajectory,
+    causal_losses,
+    diffusion_forcing_losses,
+    random_chunks,
+    stream_chunks,
+    two_copies,
+)
 from pikastream_jax.weights.safetensors_io import restore_into
 
-MORE_NOISE = 1 / 3  # share of chunks that are moved to pure noise, where a step decides what the chunk will show
+HELD_OUT = 24  # clips or trajectories
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,87 +61,23 @@ class Settings(DiTSettings):
     updates: int = 500
     batch: int = 6
     latent_frames: int = 9
-    """So that the last chunk of three sees the whole window, as in a stream."""
+    """So that the last chunk of three sees the whole window, as in a stream. Trajectories have their own length."""
+    objective: Literal["ode", "data", "diffusion_forcing"] = "ode"
+    """What is regressed, see above."""
+    schedule: Literal["sequential", "rolling"] = "sequential"
+    """Of the stream that the student is for."""
+    timesteps: Literal["solver", "all"] = "solver"
+    """Of the query copy: the student's, or any, for a causal teacher whose trajectories shall be solved."""
     reading: float = 1.0
     """Weight of what the latent reader misreads."""
     optimiser: Optimiser = OptimiserConfig(learning_rate=1.5e-3, warmup_steps=20, decay="linear")
 
-
-def random_chunks(key: Array, batch: int, frames: int, largest: int) -> Int[Array, "b f"]:
-    """Chunk of every latent frame: the largest size in two sequences of three, else any size up to it."""
-    k_any, k_size = jax.random.split(key)
-    size = jax.random.randint(k_size, (batch, 1), 1, largest + 1)
-    size = jnp.where(jax.random.uniform(k_any, (batch, 1)) < 2 / 3, largest, size)
-    return jnp.arange(frames) // size
-
-
-def stream_chunks(config: Config, batch: int, frames: int) -> Int[Array, "b f"]:
-    """Chunk of every latent frame as in a stream."""
-    return jnp.broadcast_to(jnp.arange(frames) // config.stream.chunk, (batch, frames))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TwoCopies:
-    """What the two copies of a batch show: the network's question, and what its answer is held against."""
-
-    x: Float[Array, "b 2f r c z"]  # context copy, query copy
-    t: Float[Array, "b 2f"]
-    query_noise: Float[Array, "b f r c z"]
-    chunk_ids: Int[Array, "b f"]
-    reference_distance: Float[Array, "b"]
-
-    @property
-    def t_query(self) -> Float[Array, "b f"]:
-        return self.t[:, self.chunk_ids.shape[1] :]
-
-
-def two_copies(config: Config, batch: DiTBatch, key: Array, chunk_ids: Int[Array, "b f"]) -> TwoCopies:
-    """Draws noise, the query copy's timesteps and the reference's place."""
-    k_step, k_context, k_query, k_distance = jax.random.split(key, 4)
-    b, f = chunk_ids.shape
-    times = jnp.asarray(solver_timesteps(config.stream.steps, config.stream.shift))
-    k_first, k_any = jax.random.split(k_step)
-    step_of_chunk = jax.random.randint(k_any, (b, f), 0, config.stream.steps)
-    step_of_chunk = jnp.where(jax.random.uniform(k_first, (b, f)) < MORE_NOISE, 0, step_of_chunk)
-    t_query = times[jnp.take_along_axis(step_of_chunk, chunk_ids, axis=1)]
-    t_context = jnp.full((b, f), times[config.stream.steps - 1])
-    context_noise = jax.random.normal(k_context, batch.latents.shape)
-    query_noise = jax.random.normal(k_query, batch.latents.shape)
-    x = [interpolate(batch.latents, context_noise, t_context), interpolate(batch.latents, query_noise, t_query)]
-    distance = jax.random.randint(k_distance, (b,), 4, 31).astype(jnp.float32)
-    return TwoCopies(jnp.concatenate(x, axis=1), jnp.concatenate([t_context, t_query], axis=1), query_noise, chunk_ids, distance)
-
-
-def causal_velocity(config: Config, model: Functional, params: Params, batch: DiTBatch, copies: TwoCopies) -> Float[Array, "b f r c z"]:
-    """The student's velocity of the query copy."""
-    denoiser = model.bind(params)
-    text, valid = denoiser.text_conditions(batch.tokens, batch.valid, batch.frame_prompt)
-    once = denoiser.conditions(text, valid, batch.mel, batch.motion, batch.keep_audio)
-    text, audio = jax.tree.map(lambda kv: jnp.concatenate([kv, kv], axis=2), (once.text, once.audio))
-    valid, motion = (jnp.concatenate([x, x], axis=1) for x in (once.text_valid, once.motion))
-    twice = dataclasses.replace(once, text=text, text_valid=valid, audio=audio, motion=motion)
-    velocity = denoiser.dit.forward_sequence(
-        copies.x,
-        copies.t,
-        twice,
-        denoiser.dit.reference_keys_values(batch.reference),
-        chunk_ids=copies.chunk_ids,
-        window=config.stream.window,
-        reference_distance=copies.reference_distance,
-        copies=2,
-    )
-    return velocity[:, copies.chunk_ids.shape[1] :]
-
-
-def causal_losses(
-    config: Config, model: Functional, params: Params, batch: DiTBatch, key: Array, chunk_ids: Int[Array, "b f"], reader: LatentReader
-) -> dict[str, Float[Array, ""]]:
-    """Of the query copy: `loss`, the velocity error, and what `misreading` gives."""
-    copies = two_copies(config, batch, key, chunk_ids)
-    velocity = causal_velocity(config, model, params, batch, copies)
-    value = weighted_velocity_loss(velocity, copies.query_noise - batch.latents, batch.weight)
-    return {"loss": value} | misreading(reader, batch, velocity, copies.query_noise, copies.t_query)
+    def __post_init__(self):
+        super().__post_init__()
+        if self.schedule == "rolling" and self.objective != "data":
+            raise ValueError(f"schedule rolling is trained on the data alone, not with objective {self.objective}: add --objective data")
+        if self.timesteps == "all" and (self.objective != "data" or self.schedule == "rolling"):
+            raise ValueError("timesteps all are for objective data and schedule sequential alone: trajectories and buffers have their own")
 
 
 def sample_causal(
@@ -182,36 +125,72 @@ def record(config: Config, settings: StageSettings) -> dict[str, Any]:
 
 
 def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) -> Stage:
-    """The stage. `init` names `clips`, `reader`, `flash_vae` (for pictures) and `denoiser`, the pre-trained teacher."""
+    """The stage. `init` names `clips`, `reader`, `flash_vae` (for pictures), `denoiser`, the pre-trained teacher, and for objective `ode` the
+    `pairs`, trajectories of `ode_pairs`.
+
+    Raises:
+      ValueError: no trajectories where they are asked for, or windows shorter than what is in flight.
+    """
+    ode = settings.objective == "ode"
+    if ode and "pairs" not in init:
+        raise ValueError("objective ode needs trajectories: make them with `python -m pikastream_jax.training.ode_pairs`, or name them with --init pairs=PATH")
+    config = dataclasses.replace(config, stream=dataclasses.replace(config.stream, schedule=settings.schedule))
+    if config.stream.rolling:
+        pass_count(config.stream, settings.latent_frames)
     model = training_form(functional(lambda rngs: Denoiser(config, rngs=rngs)), settings.form)
     reader = reader_model(config)
     optimiser = make_optimiser(model.abstract, settings.optimiser, settings.updates)
+    largest = config.stream.chunk
 
     def initial_state() -> TrainState:
-        params = restore_into(model.abstract, load_weights(init["denoiser"]))
-        return TrainState.start(params, optimiser)
+        return TrainState.start(restore_into(model.abstract, load_weights(init["denoiser"])), optimiser)
 
-    def update(state: TrainState, key: Array, data: dict, batch: ClipWindows) -> tuple[TrainState, dict]:
-        k_data, k_chunks, k_loss = jax.random.split(key, 3)
-        rows = split_batch(prepare_batch(config, data, batch, k_data, crop=CROP))
-        chunk_ids = random_chunks(k_chunks, settings.batch, settings.latent_frames, config.stream.chunk)
+    def losses(
+        params: Params, rows: DiTBatch, key: Array, told: LatentReader, chunk_ids: Int[Array, "b f"], trajectory: Trajectory | None
+    ) -> dict[str, Float[Array, ""]]:
+        if settings.objective == "diffusion_forcing":
+            return diffusion_forcing_losses(config, model, params, rows, key, chunk_ids, told)
+        copies = two_copies(config, rows, key, chunk_ids, trajectory, all_timesteps=settings.timesteps == "all")
+        return causal_losses(config, model, params, rows, copies, told)
 
+    def of_batch(params: Params, data: dict, batch: ClipWindows | Pairs, key: Array, train: bool) -> dict[str, Float[Array, ""]]:
+        """The objective's losses of a batch as it lies on the disk; held-out ones with the stream's own chunks and whole pictures."""
+        k_rows, k_chunks, k_loss = jax.random.split(key, 3)
+        told = reader.bind(data["reader"])
+        if ode:
+            rows, trajectory, solved = prepare_pairs(config, data, batch, k_rows, train=train)
+        else:
+            part = {"crop": CROP} if train else {}
+            rows, trajectory = prepare_batch(config, data, batch, k_rows, train=train, **part), None
+        rows = split_batch(rows) if train else rows
+        b, f = rows.latents.shape[:2]
+        if config.stream.rolling:
+            size = random_sizes(k_chunks, config.stream, b) if train else jnp.full(b, largest)
+            return rolling_losses(cropped(config, CROP) if train else config, params, rows, k_loss, size, told)
+        chunk_ids = random_chunks(k_chunks, b, f, largest) if train else stream_chunks(config, b, f)
+        if ode:  # a causal teacher's chunks are as it solved them
+            chunk_ids = jnp.where(solved[:, None] > 0, jnp.arange(f) // jnp.maximum(solved[:, None], 1), chunk_ids)
+        return losses(params, rows, k_loss, told, chunk_ids, trajectory)
+
+    def update(state: TrainState, key: Array, data: dict, batch: ClipWindows | Pairs) -> tuple[TrainState, dict]:
         def total(params: Params) -> tuple[Float[Array, ""], dict]:
-            parts = causal_losses(config, model, text_kept(params), rows, k_loss, chunk_ids, reader.bind(data["reader"]))
+            parts = of_batch(text_kept(params), data, batch, key, True)
             return parts["loss"] + settings.reading * (parts["identity"] + parts["expression"]), parts
 
         gradient, parts = jax.grad(total, has_aux=True)(state.params)
         return state.descend(gradient, optimiser, settings.ema), parts
 
+    def batches(split: str, batch: int, seed: int | None):
+        if ode:
+            return pair_batches(config, init["pairs"], split, batch, seed)
+        return windows(config, init["clips"], split, batch, settings.latent_frames, seed)
+
     data = functools.cache(lambda: clip_constants(init["clips"]) | {"reader": load_reader(config, init["reader"])})
-
-    unseen = functools.cache(lambda: windows(config, init["clips"], "held_out", 24, settings.latent_frames, None)[0])
-
-    @jax.jit
-    def held_out(params, data, batch):
-        rows = prepare_batch(config, data, batch, jax.random.key(0), train=False)
-        chunk_ids = stream_chunks(config, 24, settings.latent_frames)
-        return causal_losses(config, model, params, rows, jax.random.key(1), chunk_ids, reader.bind(data["reader"]))
+    unseen = functools.cache(lambda: batches("held_out", HELD_OUT, None)[0])
+    held_out = jax.jit(lambda params, data, batch: of_batch(params, data, batch, jax.random.key(0), False))
+    # A rolling stream's pictures come from the engine alone: here nothing fills its buffer.
+    shown = functools.cache(lambda: windows(config, init["clips"], "held_out", 4, _whole_chunks(settings.latent_frames, largest), None)[0])
+    draws = None if config.stream.rolling else sampler(config, functional(lambda rngs: Denoiser(config, rngs=rngs)), init, data, shown)
 
     return Stage(
         name="dit_causal",
@@ -220,10 +199,14 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         init=initial_state,
         update=update,
         data=data,
-        batches=lambda: windows(config, init["clips"], "train", settings.batch, settings.latent_frames, seed),
+        batches=lambda: batches("train", settings.batch, seed),
         config=record(config, settings),
         evaluate=lambda state: held_out(state.ema, data(), unseen()),
         evaluate_every=100,
-        sample=sampler(config, functional(lambda rngs: Denoiser(config, rngs=rngs)), init, data, unseen),
+        sample=draws,
         sample_every=150,
     )
+
+
+def _whole_chunks(frames: int, size: int) -> int:
+    return max(size, frames // size * size)

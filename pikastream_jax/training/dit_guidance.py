@@ -17,15 +17,7 @@ from pikastream_jax.config import Config
 from pikastream_jax.dit import Denoiser
 from pikastream_jax.nn.layers import Functional, Params, functional
 from pikastream_jax.training.checkpoint import load_weights
-from pikastream_jax.training.dit_causal import (
-    TwoCopies,
-    causal_velocity,
-    random_chunks,
-    record,
-    sampler,
-    stream_chunks,
-    two_copies,
-)
+from pikastream_jax.training.dit_causal import record, sampler
 from pikastream_jax.training.dit_data import (
     CROP,
     ClipWindows,
@@ -42,6 +34,7 @@ from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.training.sampling import Guidance, guided
 from pikastream_jax.training.settings import DiTSettings, Optimiser
 from pikastream_jax.training.training_form import training_form
+from pikastream_jax.training.two_copies import TwoCopies, causal_velocity, random_chunks, stream_chunks, two_copies
 from pikastream_jax.weights.safetensors_io import restore_into
 
 

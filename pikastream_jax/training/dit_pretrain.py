@@ -41,10 +41,11 @@ class Settings(DiTSettings):
     """Settings of the stage; a row of a batch is a window of a clip."""
 
     updates: int = 3_000
-    batch: int = 24
+    batch: int = 8
     accumulate: int = 1
     """Slices in which an update takes its batch, one after another, where the whole of it does not fit in memory."""
-    latent_frames: int = 3
+    latent_frames: int = 9
+    """As many as trajectories are solved over, and more than self-forcing judges."""
     shift: float = 3.0
     """Of the logit-normal timesteps."""
     reading: float = 0.7
@@ -63,6 +64,13 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
     """
     if not {"denoiser", "text"} & init.keys():
         raise ValueError("dit_pretrain needs --init text=PATH, a run of text_pretrain, or denoiser=PATH: it trains no text encoder")
+    return flow_matching_stage(config, "dit_pretrain", seed, init, settings)
+
+
+def flow_matching_stage(
+    config: Config, name: str, seed: int, init: dict[str, Path], settings: Settings, *, curated: bool = False
+) -> Stage:
+    """Flow matching on clips, on the best of them alone where they are `curated`; held-out figures are always of all held-out clips."""
 
     def build_model(rngs):
         return Denoiser(config, rngs=rngs)
@@ -123,13 +131,13 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         save_preview(config, init, path, np.asarray(truth), np.asarray(generated))
 
     return Stage(
-        name="dit_pretrain",
+        name=name,
         total_steps=settings.updates,
         seed=seed,
         init=initial_state,
         update=update,
         data=data,
-        batches=lambda: windows(config, init["clips"], "train", settings.batch, settings.latent_frames, seed),
+        batches=lambda: windows(config, init["clips"], "train", settings.batch, settings.latent_frames, seed, curated=curated),
         config={"preset": config.name, "dit": dataclasses.asdict(config.dit), "stage": settings.record()},
         evaluate=lambda state: held_out(state.ema, data(), unseen()),
         evaluate_every=200,

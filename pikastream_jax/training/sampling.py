@@ -11,10 +11,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pikastream_jax.config import StreamConfig
 from pikastream_jax.diffusion.flow import solver_timesteps
+from pikastream_jax.dit.model import Conditions
 from pikastream_jax.nn.layers import Functional, Params
 from pikastream_jax.training.dit_data import DiTBatch, without_audio, without_reference, without_text
 
@@ -50,6 +51,42 @@ def guided(
     return answer
 
 
+def sequence_velocity(
+    model: Functional,
+    params: Params,
+    batch: DiTBatch,
+    x: Float[Array, "b cf r c z"],
+    t: Float[Array, "b cf"],
+    distance: Float[Array, "b"],
+    *,
+    chunk_ids: Int[Array, "b f"],
+    window: int,
+    copies: int = 1,
+) -> Float[Array, "b cf r c z"]:
+    """The velocity of whole sequences under a batch's conditions; with two copies each has the same conditions.
+
+    Args:
+      distance, chunk_ids, window, copies: see `DiT.forward_sequence`.
+    """
+    denoiser = model.bind(params)
+    text, valid = denoiser.text_conditions(batch.tokens, batch.valid, batch.frame_prompt)
+    once = denoiser.conditions(text, valid, batch.mel, batch.motion, batch.keep_audio)
+
+    def repeated(leaf, axis):
+        return jnp.concatenate([leaf] * copies, axis=axis)
+
+    conditions = Conditions(
+        text=jax.tree.map(lambda leaf: repeated(leaf, 2), once.text),
+        text_valid=repeated(once.text_valid, 1),
+        audio=jax.tree.map(lambda leaf: repeated(leaf, 2), once.audio),
+        motion=repeated(once.motion, 1),
+    )
+    reference = denoiser.dit.reference_keys_values(batch.reference)
+    return denoiser.dit.forward_sequence(
+        x, t, conditions, reference, chunk_ids=chunk_ids, window=window, reference_distance=distance, copies=copies
+    )
+
+
 def bidirectional_velocity(
     model: Functional,
     params: Params,
@@ -63,18 +100,8 @@ def bidirectional_velocity(
     Args:
       distance: latent frames from the clip's last one to the reference's place.
     """
-    denoiser = model.bind(params)
-    text, valid = denoiser.text_conditions(batch.tokens, batch.valid, batch.frame_prompt)
-    b, f = t.shape
-    return denoiser.dit.forward_sequence(
-        x,
-        t,
-        denoiser.conditions(text, valid, batch.mel, batch.motion, batch.keep_audio),
-        denoiser.dit.reference_keys_values(batch.reference),
-        chunk_ids=jnp.zeros((b, f), jnp.int32),
-        window=f,
-        reference_distance=distance,
-    )
+    together = jnp.zeros(t.shape, jnp.int32)
+    return sequence_velocity(model, params, batch, x, t, distance, chunk_ids=together, window=t.shape[1])
 
 
 def refined_timesteps(stream: StreamConfig, steps: int) -> tuple[np.ndarray, np.ndarray]:

@@ -75,8 +75,9 @@ STAGES = {
         needs=_CLIPS | _READER | {"audio": ("audio_pretrain",), "text": ("text_pretrain",)},
         takes={"denoiser": ()},
     ),
+    "dit_sft": Entry(_PACKAGE + "dit_sft", needs=_CLIPS | _READER | {"denoiser": ("dit_pretrain",)}),
     "dit_reward": Entry(_PACKAGE + "dit_reward", needs=_CLIPS | _REWARDS | {"denoiser": TEACHERS[1:]}),
-    "dit_causal": Entry(_PACKAGE + "dit_causal", needs=_CLIPS | _READER | {"denoiser": TEACHERS}),
+    "dit_causal": Entry(_PACKAGE + "dit_causal", needs=_CLIPS | _READER | {"denoiser": TEACHERS}, takes={"pairs": ("ode_pairs",)}),
     "dit_guidance": Entry(_PACKAGE + "dit_guidance", needs=_CLIPS | {"denoiser": ("dit_causal",)}, takes={"guide": ()}),
     "dit_self_forcing": Entry(
         _PACKAGE + "dit_self_forcing",

@@ -12,7 +12,7 @@ import pytest
 from coded_clips import OUTPUTS, coded_batch, coded_constants
 
 from pikastream_jax.measuring.estimator import COLUMNS, READERS
-from pikastream_jax.training import conditions, dit_causal, dit_data, dit_guidance, dit_pretrain
+from pikastream_jax.training import conditions, dit_causal, dit_data, dit_guidance, dit_pretrain, two_copies
 from pikastream_jax.training.latent_reader import EXPRESSION, reader_model
 from pikastream_jax.training.mesh import replicate
 from pikastream_jax.training.optimiser import OptimiserConfig
@@ -32,7 +32,7 @@ def held_out():
 
 def test_random_chunks():
     """Whole chunks of one size per sequence: the largest in 2/3 + 1/3 x 1/3 of them, else any."""
-    ids = np.asarray(dit_causal.random_chunks(jax.random.key(0), 3000, 9, 3))
+    ids = np.asarray(two_copies.random_chunks(jax.random.key(0), 3000, 9, 3))
     sizes = (ids == 0).sum(axis=1)
     assert set(sizes) == {1, 2, 3}
     np.testing.assert_array_equal(ids, np.arange(9) // sizes[:, None])
@@ -94,7 +94,8 @@ def test_what_the_causal_loss_asks():
     config = small_config(chunk=3, window=3, steps=4, shift=2.0)
     chunk_ids = jnp.arange(f)[None] // jnp.array([[3], [2]] * 4)
     model = types.SimpleNamespace(bind=lambda params: Silent())
-    parts = dit_causal.causal_losses(config, model, {}, batch, jax.random.key(0), chunk_ids, mean_of_latents)
+    copies = two_copies.two_copies(config, batch, jax.random.key(0), chunk_ids)
+    parts = two_copies.causal_losses(config, model, {}, batch, copies, mean_of_latents)
 
     solver = np.array([1, 6 / 7, 2 / 3, 2 / 5], np.float32)  # four steps, shift 2, by hand
     t_context, t_query = asked["t"][:, :f], asked["t"][:, f:]
@@ -158,7 +159,9 @@ def teacher(tmp_path_factory):
 )
 def test_a_stage_learns(stage_module, teacher, held_out):
     """Updates on one repeated picture: the error, |noise - clean|^2 at first, falls by more than a quarter."""
-    quick = stage_module.Settings(updates=100, batch=4, latent_frames=6, optimiser=OptimiserConfig(learning_rate=5e-3, warmup_steps=2))
+    objective = {"objective": "data"} if stage_module is dit_causal else {}
+    optimiser = OptimiserConfig(learning_rate=5e-3, warmup_steps=2)
+    quick = stage_module.Settings(updates=100, batch=4, latent_frames=6, optimiser=optimiser, **objective)
     stage = stage_module.build(CONFIG, 0, {"denoiser": teacher}, quick)
     update = jax.jit(stage.update)
     first = state = replicate(stage.init())
@@ -236,10 +239,10 @@ def test_a_guide_of_its_own(student, teacher, monkeypatch):
 def test_what_the_reader_misreads_moves_the_weights(kind, teacher, monkeypatch):
     """Both stages descend on it: without the velocity's error, a reader of one kind alone moves the denoiser, a silent one does not."""
     columns = COLUMNS == "identity" if kind == "identity" else np.isin(COLUMNS, list(EXPRESSION))
-    for module in (dit_pretrain, dit_causal):
-        monkeypatch.setattr(module, "weighted_velocity_loss", lambda *arguments: jnp.zeros(()))
+    for module, errs, objective in ((dit_pretrain, dit_pretrain, {}), (dit_causal, two_copies, {"objective": "data"})):
+        monkeypatch.setattr(errs, "weighted_velocity_loss", lambda *arguments: jnp.zeros(()))
         monkeypatch.setattr(module, "make_optimiser", lambda *arguments: optax.sgd(1.0))
-        stage = module.build(CONFIG, 0, {"denoiser": teacher}, module.Settings(batch=4))
+        stage = module.build(CONFIG, 0, {"denoiser": teacher}, module.Settings(batch=4, **objective))
         update = jax.jit(stage.update)
         for heard, moves in ((columns, True), (np.zeros_like(columns), False)):
             (data, batch), state, first = learnable(4, 6), stage.init(), 0

@@ -11,6 +11,7 @@ import pytest
 
 import train
 from configs import PRESETS, stage_settings
+from pikastream_jax.training import ode_pairs
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.settings import changed
 from pikastream_jax.weights.safetensors_io import flatten
@@ -73,7 +74,8 @@ def test_runs_have_their_place_and_hand_over_from_there(monkeypatch, tmp_path):
 def test_the_settings_of_a_preset_are_the_stage_s_own_where_it_says_nothing():
     for name, stages in ((name, stage_settings(name)) for name in PRESETS):
         for stage, changes in stages.items():
-            settings = changed(train.STAGES[stage].load().Settings(), changes)
+            start = train.STAGES[stage].load().Settings() if stage in train.STAGES else ode_pairs.Arguments()
+            settings = changed(start, changes)
             assert all(getattr(settings, field) == value for field, value in changes.items() if not isinstance(value, dict)), (name, stage)
     with pytest.raises(ValueError, match="has no setting lenght; it has batch"):
         changed(train.STAGES["vae_low_res"].load().Settings(), {"lenght": 3})
@@ -89,7 +91,7 @@ def test_the_settings_of_a_preset_are_the_stage_s_own_where_it_says_nothing():
         (["toy", "--nan-loss-at", "7"], "at step 7 loss is nan"),
         (["toy", "--steps", "0"], "steps must be above 0, got 0"),
         (["toy", "--cpu-devices", "0"], "--cpu-devices 0 must be at least 1"),
-        (["dit_causal", "--init", "clips=.", "--runs", "nowhere"], "dit_causal needs flash_vae, and nowhere has no vae_adversarial or vae_streaming: train that first, or name it with --init flash_vae=PATH"),
+        (["dit_causal", "--init", "clips=.", "--runs", "nowhere"], "dit_causal needs flash_vae, and nowhere has no vae_adversarial or vae_streaming: train that first, or give --init flash_vae=PATH"),
         (["dit_causal", "--runs", "nowhere"], "dit_causal needs clips, and nowhere has no clips"),
         (["audio_pretrain", "--init", "denoiser=."], "audio_pretrain takes no --init denoiser; it takes none"),
         (["dit_pretrain", "--init", "clips=.", "flash_vae=.", "reader=.", "denoizer=."], "dit_pretrain takes no --init denoizer"),
