@@ -29,14 +29,15 @@ from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.training.previews import save_preview
 from pikastream_jax.training.refl import RewardWeights, as_shown, climbed, decode_from, reference_picture, reward_loss
 from pikastream_jax.training.sampling import bidirectional_velocity, sample_teacher
-from pikastream_jax.training.settings import Optimiser, StageSettings
+from pikastream_jax.training.settings import DiTSettings, Optimiser
+from pikastream_jax.training.training_form import training_form
 from pikastream_jax.weights.safetensors_io import restore_into
 
 HELD_OUT = 12  # clips that are sampled to be measured
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(StageSettings):
+class Settings(DiTSettings):
     """Settings of the stage; a row of a batch is a clip."""
 
     updates: int = 150
@@ -140,7 +141,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
             f"decoded {settings.decoded} latent frames and FlashVAE's window of {context} before them are more than the clip's "
             f"{settings.latent_frames}: decode fewer, or use longer clips"
         )
-    model = functional(lambda rngs: Denoiser(config, rngs=rngs))
+    model = training_form(functional(lambda rngs: Denoiser(config, rngs=rngs)), settings.form)
     vae_model = functional(lambda rngs: FlashVAE(config.flash_vae, rngs=rngs))
     optimiser = make_optimiser(model.abstract, settings.optimiser, settings.updates)
     times = solver_timesteps(settings.steps, settings.shift)

@@ -36,14 +36,15 @@ from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.training.previews import save_preview
 from pikastream_jax.training.roll_out import Script, check_evictions, cropped, in_sequence, roll_out, with_swaps
 from pikastream_jax.training.sampling import Guidance, bidirectional_velocity, guided
-from pikastream_jax.training.settings import Optimiser, StageSettings
+from pikastream_jax.training.settings import DiTSettings, Optimiser
+from pikastream_jax.training.training_form import training_form, training_models
 from pikastream_jax.weights.safetensors_io import restore_into
 
 HELD_OUT = 16  # clips that are rolled out to be measured
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(StageSettings):
+class Settings(DiTSettings):
     """Settings of the stage; a row of a batch is a roll-out."""
 
     updates: int = 400
@@ -150,9 +151,9 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
     """
     check_evictions(config, settings.latent_frames, settings.judged)
     part = cropped(config, CROP)
-    models = Models.of(part)
-    teacher = score_model(config, settings.teacher)
-    critic = score_model(config, settings.critic or settings.teacher)
+    models = training_models(Models.of(part), settings.form)
+    teacher = training_form(score_model(config, settings.teacher), settings.form)
+    critic = training_form(score_model(config, settings.critic or settings.teacher), settings.form)
     if critic.abstract != teacher.abstract and "critic" not in init:
         raise ValueError(f"a critic of preset {settings.critic} cannot start as a copy of the teacher: give --init critic=PATH")
     optimiser = make_optimiser(models.denoiser.abstract, settings.optimiser, settings.updates)

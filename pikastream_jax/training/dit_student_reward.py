@@ -39,14 +39,15 @@ from pikastream_jax.training.refl import (
     reward_loss,
 )
 from pikastream_jax.training.roll_out import Script, ask, check_evictions, learn, roll_out, with_swaps
-from pikastream_jax.training.settings import Optimiser, StageSettings
+from pikastream_jax.training.settings import DiTSettings, Optimiser
+from pikastream_jax.training.training_form import training_models
 from pikastream_jax.weights.safetensors_io import restore_into
 
 HELD_OUT = 12  # clips that are rolled out to be measured
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(StageSettings):
+class Settings(DiTSettings):
     """Settings of the stage; a row of a batch is a roll-out."""
 
     updates: int = 150
@@ -103,7 +104,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
     check_evictions(config, settings.latent_frames, settings.judged)
     if settings.judged == settings.latent_frames:
         raise ValueError(f"judged {settings.judged} latent frames of as many: leave a chunk before them, in which a face may be another")
-    models = Models.of(config)
+    models = training_models(Models.of(config), settings.form)
     optimiser = make_optimiser(models.denoiser.abstract, settings.optimiser, settings.updates)
     rewards, reward_params = load_rewards(config, init)
     unjudged = (settings.latent_frames - settings.judged) // config.stream.chunk

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from pikastream_jax.dit.layers import REMATERIALISE, ScannedBlocks
 from pikastream_jax.nn.layers import Functional, Params
+from pikastream_jax.streaming.step import Models
 
 Precision = Literal["float32", "bfloat16"]
 Layers = Literal["unrolled", "scan"]
@@ -68,7 +69,12 @@ def training_form(model: Functional, form: Form) -> TrainingForm:
     return TrainingForm(model.graph, model.abstract, form)
 
 
+def training_models(models: Models, form: Form) -> Models:
+    """The models of a stream to roll out with gradients: the denoiser in its form, caches in its precision."""
+    config = dataclasses.replace(models.config, stream=dataclasses.replace(models.config.stream, precision=form.precision))
+    return Models(config, training_form(models.denoiser, form), models.flash_vae)
+
+
 def in_precision(params: Params, precision: Precision) -> Params:
-    """The floating-point leaves cast; gradients through the cast have the dtype of `params`."""
-    dtype = jnp.dtype(precision)
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, params)
+    """The float32 leaves cast; gradients through the cast are float32. What is kept in less, a teacher, stays in that."""
+    return jax.tree.map(lambda leaf: leaf.astype(precision) if leaf.dtype == jnp.float32 else leaf, params)

@@ -12,6 +12,7 @@ from pikastream_jax.diffusion.flow import solver_timesteps
 from pikastream_jax.streaming.state import init_state, install_prompt, install_reference
 from pikastream_jax.streaming.step import denoise_chunk
 from pikastream_jax.training.roll_out import Script, roll_out, with_swaps
+from pikastream_jax.training.training_form import Form, training_models
 from tests.small import small_config, small_models
 
 STREAM = dict(chunk=2, window=4, sink=2, steps=3)
@@ -162,3 +163,18 @@ def test_lengths_that_cannot_be_are_refused():
     for last in (0, 5):
         with pytest.raises(ValueError, match=f"a swap at chunk 1 to {last} of 5"):
             with_swaps(script(), other, jax.random.key(0), last)
+
+
+@pytest.mark.parametrize("form", [Form("bfloat16", "scan", "full"), Form("bfloat16")], ids=["scan", "unrolled"])
+def test_a_roll_out_takes_every_form(form):
+    """Traced only: caches have the form's precision, latents and gradients are float32."""
+    models, params = small_models(CONFIG)
+    models = training_models(models, form)
+
+    def loss(params):
+        state, latents, clean = roll_out(models, params, script(), NOISE, jnp.zeros(BATCH, jnp.int32), JUDGED)
+        return jnp.mean(clean), (state.dit_k, latents)
+
+    gradient, (cache, latents) = jax.eval_shape(jax.grad(loss, has_aux=True), params.denoiser)
+    assert (cache.dtype, latents.dtype) == (jnp.bfloat16, jnp.float32)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.float32)}
