@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, PyTree, UInt8
+from jaxtyping import Array, Float, Float32, Int, PyTree, UInt8
 
 from pikastream_jax.config import Config
 from pikastream_jax.data.corpus import FPS, MEL_FRAMES, SPLITS, VIDEO_FRAMES, load_corpus, window
@@ -46,6 +46,7 @@ class TalkingClips:
     reference: UInt8[Array, "n 128 128 3"]
     sound: Float32[Array, "n m k"]  # mel of f + 2 latent frames, the first of them before the clip
     activity: Float32[Array, " n"]  # mean of the track of that name: 0 silence .. 1 speech
+    states: Float32[Array, "n t 15"]  # what the renderer was told: the fields of `FaceState` in their order
 
     def shown(self, shift: int = 0) -> Shown:
         """The clips as rewards see them.
@@ -173,6 +174,7 @@ def talking_clips(
         reference=painter.stills(identities, rest),
         sound=sound[:, : MEL_FRAMES * (latent_frames + 2)],
         activity=activity[:, frames].mean(axis=1),
+        states=np.stack(jax.tree.leaves(states), axis=-1),
     )
 
 
@@ -197,14 +199,24 @@ def grain(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
     return (jax.random.bits(key, shape, jnp.uint8).astype(jnp.float32) / 127.5 - 1.0) * math.sqrt(3.0)
 
 
-def window_of(clips: TalkingClips, index: Array, offset: Array, frames: int) -> tuple[Float[Array, "b t h w 3"], Float[Array, "b m k"]]:
-    """Windows of `frames` video frames and their sound from frame `offset` [b] of the clips `index` [b]."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Stretches of clips."""
+
+    video: Float[Array, "b t h w 3"]
+    sound: Float[Array, "b m k"]
+    states: Float[Array, "b t 15"]
+
+
+def window_of(clips: TalkingClips, index: Int[Array, " b"], offset: Int[Array, " b"], frames: int) -> Window:
+    """`frames` video frames and their sound from frame `offset` of the clips `index`."""
 
     def one(index, offset):
         video = jax.lax.dynamic_slice_in_dim(clips.video[index], offset, frames)
         per_frame = MEL_FRAMES // VIDEO_FRAMES
         sound = jax.lax.dynamic_slice_in_dim(clips.sound[index], MEL_FRAMES + per_frame * offset, per_frame * frames)
-        return pixels(video), sound
+        return Window(pixels(video), sound, jax.lax.dynamic_slice_in_dim(clips.states[index], offset, frames))
 
     return jax.vmap(one)(index, offset)
 

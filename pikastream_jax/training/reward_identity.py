@@ -2,7 +2,7 @@
 
 A contrastive loss (InfoNCE, van den Oord et al. 2018, https://arxiv.org/abs/1807.03748): the reference picks its own person's other picture out of a
 batch of people and of their hard negatives. Beside it the first features of the embedding learn the parameters that the renderer was told of the
-face, as recognisers learn from many people's names: a few hundred updates of the contrast alone did not find what is small in a face.
+face, as recognisers learn from many people's names, and how they change with the attribute.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class Settings(RewardSettings):
 
     updates: int = 800
     batch: int = 16
-    optimiser: Optimiser = OptimiserConfig(learning_rate=2e-3, warmup_steps=30, weight_decay=0.05)
+    optimiser: Optimiser = OptimiserConfig(learning_rate=3e-3, warmup_steps=30, weight_decay=0.05)
     people: int = 2_048
     """People that are drawn once at the start."""
     noise: float = 0.03
@@ -50,7 +50,7 @@ class Settings(RewardSettings):
     miss: int = 2
     """Pixels by which a picture may lie beside its place, each way: where a nose is is no proof of whose it is."""
     told: float = 1.0
-    """Weight of the error in the face's parameters, beside the contrast's 1."""
+    """Weight of the errors in the face's parameters and in their change, beside the contrast's 1."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -128,11 +128,14 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         seen = seen + level * grain(k_noise, seen.shape)
         features = model.features(seen.reshape(-1, *seen.shape[2:])).reshape(settings.batch, 3, -1)
         true = (people.values - data["mean"]) / data["std"]
+        said = features[..., : true.shape[-1]]
         parts = {
             "contrast": contrast(*jnp.moveaxis(model.compared(features), 1, 0)),
-            "told": told_error(features[..., : true.shape[-1]], true),
+            "told": told_error(said, true),
+            # The two pictures of one state differ in one attribute: what the state does to the readings cancels.
+            "change": told_error(said[:, 2] - said[:, 1], true[:, 2] - true[:, 1]),
         }
-        return parts["contrast"] + settings.told * parts["told"], parts
+        return parts["contrast"] + settings.told * (parts["told"] + parts["change"]), parts
 
     def judge(held_out: HeldOut) -> Callable[[Params], Figures]:
         people = draw_people(held_out.painter, seed + _HELD_OUT_SEED, 8 * settings.held_out)

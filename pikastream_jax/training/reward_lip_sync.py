@@ -70,7 +70,8 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         count, length = data["clips"].video.shape[:2]
         index = jax.random.randint(k_index, (settings.batch,), 0, count)
         offset = jax.random.randint(k_offset, (settings.batch,), 0, length - FRAMES + 1)
-        video, mel = split_batch(window_of(data["clips"], index, offset, FRAMES))
+        window = split_batch(window_of(data["clips"], index, offset, FRAMES))
+        video, mel = window.video, window.sound
         place = jax.random.randint(k_place, (settings.batch, 2), 0, 2 * _MISS + 1)
         video = jax.vmap(lambda v, p: jax.lax.dynamic_slice(v, (0, p[0], p[1], 0), (FRAMES, height, width, 3)))(video, place)
         level = jax.random.uniform(k_level, (settings.batch, 1, 1, 1, 1), maxval=settings.noise)

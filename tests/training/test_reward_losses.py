@@ -66,7 +66,7 @@ def test_lip_sync_contrast_by_hand():
 def test_sound_is_shifted_by_just_so_many_video_frames():
     """Every mel frame has the video frame it belongs to as its value; four of them a video frame, from one latent frame before the clip."""
     sound = np.repeat(np.arange(-4.0, 16.0), 4)[None, :, None].astype(np.float32)
-    clips = TalkingClips(np.zeros((1, 12, 1, 1, 3), np.uint8), np.zeros((1, 1, 1, 3), np.uint8), jnp.asarray(sound), np.ones(1))
+    clips = TalkingClips(np.zeros((1, 12, 1, 1, 3), np.uint8), np.zeros((1, 1, 1, 3), np.uint8), jnp.asarray(sound), np.ones(1), np.zeros((1, 12, 15)))
     for shift in (-2, 0, 2):
         mel = clips.shown(shift).mel
         assert mel.shape == (1, 3, 16, 1)
@@ -142,7 +142,8 @@ def test_calibration_follows_the_scores_of_true_clips():
 
     values = np.random.default_rng(0).normal(3.0, 2.0, 64).astype(np.float32)
     clips = TalkingClips(
-        jnp.zeros((64, 4, 1, 1, 3), jnp.uint8), jnp.zeros((64, 1, 1, 3), jnp.uint8), jnp.tile(values[:, None, None], (1, 48, 1)), jnp.ones(64)
+        jnp.zeros((64, 4, 1, 1, 3), jnp.uint8), jnp.zeros((64, 1, 1, 3), jnp.uint8), jnp.tile(values[:, None, None], (1, 48, 1)), jnp.ones(64),
+        jnp.zeros((64, 4, 15)),
     )
     params = {"calibration": {"mean": jnp.zeros(()), "std": jnp.ones(())}}
     state = TrainState(jnp.zeros((), jnp.int32), params, {}, params, {})

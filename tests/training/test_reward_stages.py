@@ -83,6 +83,7 @@ def test_clips_follow_their_seed_and_a_share_passes_through_flash_vae(tmp_path):
         assert (other.reference != a.reference).any()
     part = clips(plain, part=(slice(60, 100), slice(30, 90)))
     np.testing.assert_array_equal(part.video, a.video[:, :, 60:100, 30:90])
+    assert a.states.shape == (4, 12, 15) and (a.states[..., 9] >= 0).all()
     still = clips(plain, change=lambda key, states: dataclasses.replace(states, mouth_open=0.0 * states.mouth_open))
     assert (still.video[:, :, 64:90, 50:80] == 0).all()
     # The sound of the small corpus is its latent frame's number: it rises by one from each to the next.
