@@ -106,5 +106,5 @@ def test_the_clock_is_rounded_from_the_count_and_never_accumulated():
 
 
 def test_an_unknown_preset_is_named():
-    with pytest.raises(ValueError, match="no preset is called 'huge'; choose one of base_1_3b, pikastream_9b, tiny"):
+    with pytest.raises(ValueError, match="no preset is called 'huge'; choose one of base_1_3b, nano, pikastream_9b, tiny"):
         preset("huge")
