@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
@@ -20,9 +19,3 @@ class LatentStatistics:
 
     def restore(self, latents: Float[Array, "*b z"]) -> Float[Array, "*b z"]:
         return latents * self.std + self.mean
-
-
-def measure_statistics(latents: Float[Array, "n z"]) -> LatentStatistics:
-    """Statistics of a sample of latents; a dead channel gets a standard deviation of 1."""
-    std = jnp.std(latents, axis=0)
-    return LatentStatistics(jnp.mean(latents, axis=0), jnp.where(std > 1e-6, std, 1.0))

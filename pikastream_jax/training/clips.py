@@ -41,7 +41,7 @@ from pikastream_jax.nn.layers import Functional, Params, functional
 from pikastream_jax.text import Tokenizer
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.innovations import Innovations, fit_innovations
-from pikastream_jax.training.losses import region_weights
+from pikastream_jax.training.losses import psnr, region_weights
 from pikastream_jax.training.records import Plan, Records, read_constants, read_record, write_records
 from pikastream_jax.training.stages import FLASH_VAE, Entry
 from pikastream_jax.weights.safetensors_io import restore_into
@@ -98,46 +98,54 @@ def reference_state(key: Array) -> FaceState:
 
 def encode_clips(
     config: Config, vae: FlashVAE, identities: Identity, states: FaceState, references: FaceState
-) -> tuple[Float[Array, "n f r c z"], Float[Array, "n r c z"], Float[Array, "n f 2 4"]]:
-    """Renders and encodes n clips latent frame by latent frame, and their references as equal frames.
+) -> tuple[Float[Array, "n f r c z"], Float[Array, "n r c z"], Float[Array, "n f 2 4"], Float[Array, "n s h w 3"]]:
+    """Renders and encodes n clips latent frame by latent frame, and their references as s equal frames.
 
     Args:
       states: leaves [n, t].
+
+    Returns:
+      Latents, those of the references, boxes of mouth and eyes, and the pictures of the middle latent frame (number f // 2).
     """
     size, stride = config.stream.height, config.flash_vae.temporal_stride
-    rows, columns = config.latent_grid
     n, t = states.yaw.shape
+    length = t // stride
+    start = vae.init_encode_cache(n, *config.latent_grid)
 
-    def step(cache, states):
-        frames = draw_frames(identities, states, size)
+    def boxes_of(identity, state):
+        return jnp.stack([mouth_box(identity, state, size), eyes_box(identity, state, size)])
+
+    def each(function, states):
+        return jax.vmap(jax.vmap(function, in_axes=(None, 0)))(identities, states)
+
+    def step(carry, now):
+        (cache, middle), (number, states) = carry, now
+        # The reference comes last, as a clip of its own: so renderer and encoder are compiled once.
+        cache = jax.tree.map(lambda fresh, used: jnp.where(number == length, fresh, used), start, cache)
+        frames = each(lambda identity, state: render(identity, state, size=size), states)
         cache, (mean, _) = vae.encode_step(cache, frames)
-        boxes = jax.vmap(jax.vmap(lambda i, s: jnp.stack([mouth_box(i, s, size), eyes_box(i, s, size)]), in_axes=(None, 0)))(identities, states)
-        return cache, (mean, boxes.mean(axis=1))
+        return (cache, jnp.where(number == length // 2, frames, middle)), (mean, each(boxes_of, states).mean(axis=1))
 
-    grouped = jax.tree.map(lambda leaf: jnp.moveaxis(leaf.reshape(n, t // stride, stride), 1, 0), states)
-    _, (latents, boxes) = jax.lax.scan(step, vae.init_encode_cache(n, rows, columns), grouped)
-    still = draw_frames(identities, jax.tree.map(lambda leaf: leaf[:, None], references), size)
-    at_rest = vae.encode(jnp.repeat(still, stride, axis=1))[0][:, 0]
-    return jnp.moveaxis(latents, 0, 1), at_rest, jnp.moveaxis(boxes, 0, 1)
+    def grouped(moving, still):
+        still = jnp.repeat(still[:, None], stride, axis=1)
+        return jnp.moveaxis(jnp.concatenate([moving, still], axis=1).reshape(n, length + 1, stride), 1, 0)
 
-
-def draw_frames(identities: Identity, states: FaceState, size: int) -> Float[Array, "n t h w 3"]:
-    """Leaves [n] and [n, t] as pictures in [-1, 1]."""
-    return jax.vmap(jax.vmap(lambda i, s: render(i, s, size=size), in_axes=(None, 0)))(identities, states)
+    middle = jnp.zeros((n, stride, size, size, 3))
+    inputs = jnp.arange(length + 1), jax.tree.map(grouped, states, references)
+    (_, middle), (latents, boxes) = jax.lax.scan(step, (start, middle), inputs)
+    return jnp.moveaxis(latents[:-1], 0, 1), latents[-1], jnp.moveaxis(boxes[:-1], 0, 1), middle
 
 
 def reconstruction(
-    config: Config, vae: FlashVAE, identities: Identity, states: FaceState, latents: Float[Array, "n f r c z"], boxes: Float[Array, "n f 2 4"]
+    vae: FlashVAE, latents: Float[Array, "n f r c z"], boxes: Float[Array, "n f 2 4"], middle: Float[Array, "n s h w 3"]
 ) -> Float[Array, "n"]:
-    """PSNR in dB of mouth and eyes in the middle latent frame, decoded as a stream decodes it."""
-    size, stride = config.stream.height, config.flash_vae.temporal_stride
-    middle = latents.shape[1] // 2
-    first = max(0, middle - config.flash_vae.window)
-    decoded = vae.decode(latents[:, first : middle + 1])[:, -stride:]
-    true = draw_frames(identities, jax.tree.map(lambda leaf: leaf[:, middle * stride : (middle + 1) * stride], states), size)
-    inside = region_weights(boxes[:, middle], *true.shape[2:4], (1.0, 1.0)) - 1.0
-    error = jnp.mean((decoded - true) ** 2, axis=(1, 4))
-    return 10.0 * jnp.log10(4.0 * jnp.sum(inside, axis=(1, 2)) / jnp.sum(inside * error, axis=(1, 2)))
+    """PSNR in dB of mouth and eyes in the middle latent frame, decoded as a stream decodes it; see `encode_clips`."""
+    number = latents.shape[1] // 2
+    stretch = slice(max(0, number - vae.config.window), number + 1)
+    decoded = vae.decode(latents[:, stretch])[:, -middle.shape[1] :]
+    inside = region_weights(boxes[:, number], *middle.shape[2:4], (1.0, 1.0)) - 1.0
+    error = jnp.mean((decoded - middle) ** 2, axis=(1, 4))
+    return psnr(jnp.sum(inside * error, axis=(1, 2)) / jnp.sum(inside, axis=(1, 2)))
 
 
 def drawer(
@@ -167,8 +175,8 @@ def drawer(
     def draw(params, keys, starts, changes):
         vae = model.bind(params)
         identities, first, second, states, references, truth, measures = jax.vmap(move)(keys, starts, changes)
-        latents, at_rest, boxes = encode_clips(config, vae, identities, states, references)
-        restored = reconstruction(config, vae, identities, states, latents, boxes)
+        latents, at_rest, boxes, middle = encode_clips(config, vae, identities, states, references)
+        restored = reconstruction(vae, latents, boxes, middle)
         return Drawn(latents, at_rest, boxes, truth, restored, **measures), identities, first, second
 
     return draw

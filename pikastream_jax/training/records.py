@@ -11,6 +11,7 @@ whenever the record is read. `Records` is a source for `grain.MapDataset.source`
 
 import dataclasses
 import json
+import math
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -119,9 +120,9 @@ class Records:
             raise ValueError(f"the records in {folder} lack {', '.join(missing)}: make them anew")
         self._layout, self._bytes = {}, 0
         for name, (shape, kind) in record["fields"].items():
-            dtype = np.dtype(kind).newbyteorder("<")
-            self._layout[name] = (tuple(shape), dtype, self._bytes)
-            self._bytes += dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+            dtype, size = np.dtype(kind).newbyteorder("<"), math.prod(shape)
+            self._layout[name] = (tuple(shape), size, dtype, self._bytes)
+            self._bytes += dtype.itemsize * size
         paths = []
         for shard in record["shards"][split]:
             path = folder / shard["file"]
@@ -149,8 +150,8 @@ class Records:
         if len(data) != self._bytes:
             raise ValueError(f"record {number} of {self.split} in {self.folder} has {len(data)} bytes, its fields {self._bytes}: a shard is another folder's")
         return {
-            name: np.frombuffer(data, dtype, int(np.prod(shape, dtype=np.int64)), start).reshape(shape)
-            for name, (shape, dtype, start) in self._layout.items()
+            name: np.frombuffer(data, dtype, size, start).reshape(shape)
+            for name, (shape, size, dtype, start) in self._layout.items()
         }
 
     def stacked(self, *fields: str) -> Record:

@@ -106,3 +106,23 @@ def test_phrases_hold_every_word_of_every_caption():
     words, _ = captions.caption_batch(3, 500)
     known = set(re.findall("[a-z]+", " ".join(captions.phrases()).lower()))
     assert set(re.findall("[a-z]+", " ".join(words).lower())) <= known
+
+
+def test_a_caption_is_what_is_mentioned_put_into_words():
+    """The same choices by the same numbers, so a caption can be told from what it leaves out."""
+    attributes = {"emotion": "happy", "gaze": "left", "gesture": "none", "tilt": "right"}
+    for seed in range(40):
+        said = captions.mentioned(np.random.default_rng(seed), attributes)
+        assert said and said.items() <= attributes.items()
+        rng = np.random.default_rng(seed)
+        assert captions.caption(np.random.default_rng(seed), attributes) == captions.worded(rng, captions.mentioned(rng, attributes))
+    orders = {tuple(captions.mentioned(np.random.default_rng(seed), attributes, keep=1.0)) for seed in range(40)}
+    assert len(orders) > 5
+
+
+def test_completeness_by_hand():
+    attributes = {"emotion": "happy", "gaze": "left", "gesture": "none", "tilt": "right", "energy": "some"}
+    said = {name: attributes[name] for name in ("gaze", "gesture")}
+    assert captions.completeness(attributes, said) == pytest.approx(1 / 3), "emotion, gaze and tilt need words"
+    assert captions.completeness(attributes, attributes) == 1.0
+    assert captions.completeness({"gesture": "none"}, {}) == 1.0, "there is nothing to say"

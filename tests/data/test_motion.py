@@ -135,3 +135,26 @@ def test_motion_hears_nothing_of_the_future(speech):
 def test_frame_rate_must_be_positive():
     with pytest.raises(ValueError, match="fps=0"):
         motion.style_motion(KEYS[0], motion.sample_style(KEYS[0]), silence(4), 0)
+
+
+def test_a_changed_style_is_the_first_before_and_the_second_after(speech):
+    """Until the change a frame differs in nothing; 0.4 s later the second manner is reached, without a jump on the way."""
+    frames, change = speech.mouth_open.shape[0], 30
+    first = style_from_caption_attributes({"emotion": "neutral", "gaze": "camera", "tilt": "none"}, jax.random.key(1))
+    second = replace(first, happy=jnp.float32(0.9), tilt=jnp.float32(0.85))
+    styles = motion.changed_style(first, second, jnp.int32(change), frames, FPS)
+    share = np.asarray(styles.happy) / 0.9
+    x = np.clip((np.arange(frames) - change + 1) / (0.4 * FPS), 0, 1)
+    np.testing.assert_allclose(share, x * x * (3 - 2 * x), atol=1e-5)
+    assert (share[:change] == 0).all() and (share[change + 10 :] == 1).all() and share[change] > 0
+    move = jax.jit(partial(motion.style_motion, fps=FPS))
+    keys = jax.random.key(0)
+    same = (motion.changed_style(style, style, jnp.int32(change), frames, FPS) for style in (first, second))  # the shapes of one program
+    changed, before, after = (move(keys, style, speech) for style in (styles, *same))
+    for name in ("yaw", "roll", "smile", "breath", "blink", "brow_raise"):
+        value = np.asarray(getattr(changed, name))
+        np.testing.assert_allclose(value[:change], getattr(before, name)[:change], atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(value[change + 10 :], getattr(after, name)[change + 10 :], atol=1e-5, err_msg=name)
+    assert np.abs(np.diff(changed.smile)).max() < 0.3 and np.abs(np.diff(changed.roll)).max() < 0.04
+    never = motion.changed_style(first, second, jnp.int32(frames), frames, FPS)
+    assert (np.asarray(never.happy) == np.asarray(first.happy)).all()

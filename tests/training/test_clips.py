@@ -1,6 +1,7 @@
 """Clips for the DiT's stages: encoded as the stream encodes, written and read back, captions and sound with them."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -41,17 +42,38 @@ def test_a_clip_is_encoded_as_the_whole_video_is(monkeypatch):
         vae = models.flash_vae.bind(params)
         still = jnp.broadcast_to(pictures[12], (1, 4, 48, 48, 3))
         return (
-            jax.tree.map(lambda leaf: leaf[0], clips.encode_clips(CONFIG, vae, None, *(jax.tree.map(lambda leaf: leaf[None], s) for s in (states, reference)))),
+            jax.tree.map(lambda leaf: leaf[0], clips.encode_clips(CONFIG, vae, None, *jax.tree.map(lambda leaf: leaf[None], (states, reference)))),
             vae.encode(pictures[None, :12])[0][0],
             vae.encode(still)[0][0, 0],
         )
 
-    (latents, at_rest, boxes), whole, alone = both(params.flash_vae)
+    (latents, at_rest, boxes, middle), whole, alone = both(params.flash_vae)
     assert latents.shape == (3, 6, 6, 4) and np.std(whole) > 0.1
     np.testing.assert_allclose(latents, whole, atol=1e-4)
     np.testing.assert_allclose(at_rest, alone, atol=1e-4)
     assert boxes[:, 0].tolist() == [[1.5, 11.5, 21.5, 31.5], [5.5, 15.5, 25.5, 35.5], [9.5, 19.5, 29.5, 39.5]]
     assert boxes[:, 1, 0].tolist() == [3.0, 11.0, 19.0]
+    np.testing.assert_array_equal(middle, pictures[4:8])
+
+
+def test_reconstruction_by_hand():
+    """The middle one of five latent frames is decoded with the two before it, and wrong in one of the boxes."""
+    middle = np.zeros((1, 4, 48, 48, 3), np.float32)
+    wrong = np.full_like(middle, 9.0)  # outside of the boxes nothing counts
+    wrong[:, :, 10:20, 10:20], wrong[:, :, 30:34, 5:40] = 0.2, 0.0
+    boxes = np.zeros((1, 5, 2, 4))
+    boxes[:, 2] = [[10, 10, 20, 20], [30, 5, 34, 40]]
+    asked = []
+
+    def decode(latents):
+        asked.append(latents[0, :, 0, 0, 0].tolist())
+        return np.concatenate([np.zeros((1, 8, 48, 48, 3)), wrong], axis=1)
+
+    vae = types.SimpleNamespace(config=CONFIG.flash_vae, decode=decode)
+    latents = np.arange(5.0)[None, :, None, None, None]
+    mean = 0.04 * 100 / 240  # of the 240 pixels in the boxes 100 are wrong
+    np.testing.assert_allclose(clips.reconstruction(vae, latents, boxes, middle), 10 * np.log10(4 / mean), rtol=1e-4)
+    assert asked == [[0, 1, 2]]
 
 
 def test_a_reference_is_a_face_at_rest():
@@ -169,6 +191,7 @@ def test_the_record_says_how_the_clips_were_made(made):
     assert read_constants(made)["quality"].shape == (COUNT,)
 
 
+@pytest.mark.slow
 def test_clips_are_a_function_of_the_seed_however_many_are_drawn_at_a_time(inputs, made, monkeypatch):
     assert command(monkeypatch, inputs, inputs / "together", "--seed", 5, "--batch", 3) == 0
     assert command(monkeypatch, inputs, inputs / "other", "--seed", 6) == 0
