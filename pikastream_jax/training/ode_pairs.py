@@ -149,9 +149,8 @@ def pair_maker(
     def one(params, data, batch, key, train):
         k_rows, k_solve = jax.random.split(key)
         rows = prepare_batch(config, data, batch, k_rows, train=False, crop=CROP)
-        # Some prompts are short, as in the other stages; where one was left out for guidance's sake, it is asked for in full.
-        cut = prepare_batch(config, data, batch, k_rows, train=train, crop=CROP).valid
-        rows = dataclasses.replace(rows, valid=jnp.where(cut > 1, cut, rows.valid))
+        # Some prompts are short, as in the other stages.
+        rows = dataclasses.replace(rows, valid=prepare_batch(config, data, batch, k_rows, train=train, drop=0.0, crop=CROP).valid)
         states, chunk = solve(config, model, params, rows, k_solve, settings)
         part = dataclasses.replace(batch, latents=rows.latents, reference=rows.reference, boxes=rows.boxes, valid=rows.valid)
         return Pairs(part, jnp.moveaxis(states, 0, 1), rows.motion, chunk)

@@ -71,7 +71,8 @@ RECIPE = (
     Step("dit_reward", "dit_reward"),
     Step("ode_pairs", "pikastream_jax.training.ode_pairs"),
     Step("dit_causal", "dit_causal"),
-    Step("dit_causal_rolling", "dit_causal", ("--objective", "data", "--schedule", "rolling", "--latent-frames", "15")),
+    # Half the sequences of an update in the sequential schedule, which then takes as long.
+    Step("dit_causal_rolling", "dit_causal", ("--objective", "data", "--schedule", "rolling", "--latent-frames", "18", "--batch", "3")),
     Step("dit_self_forcing", "dit_self_forcing"),
     Step("dit_student_reward", "dit_student_reward"),
 )

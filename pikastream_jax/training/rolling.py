@@ -66,12 +66,12 @@ def pass_count(stream: StreamConfig, frames: int) -> int:
     """Passes over a sequence, each a chunk further than the one before.
 
     Raises:
-      ValueError: the sequence is shorter than what is in flight.
+      ValueError: the sequence ends before a pass sees the whole window, as all passes of a stream do but the first.
     """
-    if frames < stream.in_flight:
+    if frames < stream.in_flight + stream.window:
         raise ValueError(
             f"sequences of {frames} latent frames are shorter than the {stream.in_flight} in flight (steps {stream.steps} x chunk "
-            f"{stream.chunk}): use {stream.in_flight + stream.window} to see the whole window"
+            f"{stream.chunk}) behind a window of {stream.window}: use --latent-frames {stream.in_flight + stream.window} or more"
         )
     return 1 + (frames - stream.in_flight) // stream.chunk
 
