@@ -1,6 +1,6 @@
 """Reward models: small differentiable networks that say how good a shown clip is, higher is better."""
 
-from pikastream_jax.rewards.scoring import REWARDS, Rewards, load_rewards
+from pikastream_jax.rewards.scoring import REWARDS, Rewards
 from pikastream_jax.rewards.shown import SIDE, Shown, canonical
 
-__all__ = ["REWARDS", "SIDE", "Rewards", "Shown", "canonical", "load_rewards"]
+__all__ = ["REWARDS", "SIDE", "Rewards", "Shown", "canonical"]

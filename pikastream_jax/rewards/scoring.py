@@ -1,7 +1,6 @@
 """All rewards at once: scores of shown clips, and the gradient that raises them."""
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +14,6 @@ from pikastream_jax.rewards.identity import IdentityReward
 from pikastream_jax.rewards.lip_sync import LipSyncReward
 from pikastream_jax.rewards.motion import MotionReward
 from pikastream_jax.rewards.shown import Shown
-from pikastream_jax.training.checkpoint import load_weights
-from pikastream_jax.weights.safetensors_io import restore_into
 
 REWARDS = ("identity", "lip_sync", "motion", "artifact")
 
@@ -98,24 +95,3 @@ def clip_each(gradient: Float[Array, "b ..."], clip: float) -> Float[Array, "b .
     """Every row scaled down to an L2 norm of `clip` where it is longer."""
     norm = jnp.sqrt(jnp.sum(gradient * gradient, axis=tuple(range(1, gradient.ndim)), keepdims=True))
     return gradient * jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12))
-
-
-def load_rewards(config: Config, init: dict[str, Path]) -> tuple[Rewards, dict[str, Params]]:
-    """The trained rewards.
-
-    Args:
-      init: run folder or .safetensors of `reward_identity`, `reward_lip_sync`, `reward_motion` and `reward_artifact`; more names are left alone.
-
-    Raises:
-      ValueError: one is missing, or does not fit its model.
-    """
-    rewards, params = Rewards.of(config), {}
-    for name, model in rewards.models.items():
-        stage = f"reward_{name}"
-        if stage not in init:
-            raise ValueError(f"the rewards need --init {stage}=PATH: train it with `python train.py {stage}`")
-        try:
-            params[name] = restore_into(model.abstract, load_weights(init[stage]))
-        except ValueError as error:
-            raise ValueError(f"--init {stage}={init[stage]}: {error}") from error
-    return rewards, params

@@ -43,7 +43,7 @@ from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.innovations import Innovations, fit_innovations
 from pikastream_jax.training.losses import psnr, region_weights
 from pikastream_jax.training.records import Plan, Records, read_constants, read_record, write_records
-from pikastream_jax.training.stages import FLASH_VAE, Entry
+from pikastream_jax.training.stages import FLASH_VAE, best_run
 from pikastream_jax.weights.safetensors_io import restore_into
 
 SPEECH = Path("data/speech_features.npz")
@@ -309,8 +309,7 @@ def main() -> int:
             if (value := getattr(arguments, name)) is not None and value < least:
                 raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
         runs = arguments.runs or Path("runs") / config.name
-        given = {} if arguments.flash_vae is None else {"flash_vae": arguments.flash_vae}
-        flash_vae = Entry(__name__, needs={"flash_vae": FLASH_VAE}).hand_over("clips", given, runs)["flash_vae"]
+        flash_vae = arguments.flash_vae or best_run(runs, FLASH_VAE, "--flash-vae")
         folder = arguments.out or runs / "clips"
         model = functional(lambda rngs: FlashVAE(config.flash_vae, rngs=rngs))
         params = restore_into(model.abstract, load_weights(flash_vae))

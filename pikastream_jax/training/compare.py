@@ -27,7 +27,7 @@ from pikastream_jax.measuring.calibration import calibrate
 from pikastream_jax.measuring.estimator import Estimator
 from pikastream_jax.measuring.paired import compared, mean_and_error, table
 from pikastream_jax.nn.layers import Params
-from pikastream_jax.rewards.scoring import REWARDS, load_rewards
+from pikastream_jax.rewards import REWARDS
 from pikastream_jax.streaming.step import ModelParams, Models
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.clips import SPEECH, digest, load_clip_record
@@ -43,6 +43,7 @@ from pikastream_jax.training.judge import (
     true_sampler,
 )
 from pikastream_jax.training.records import read_record
+from pikastream_jax.training.refl import load_rewards
 from pikastream_jax.training.sampling import Guidance, bidirectional_velocity
 from pikastream_jax.training.stages import FLASH_VAE, TEACHERS, best_run
 from pikastream_jax.weights.safetensors_io import restore_into

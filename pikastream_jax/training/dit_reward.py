@@ -20,16 +20,23 @@ from pikastream_jax.diffusion.flow import solver_timesteps
 from pikastream_jax.dit import Denoiser
 from pikastream_jax.flash_vae import FlashVAE
 from pikastream_jax.nn.layers import Functional, Params, functional
-from pikastream_jax.rewards import load_rewards
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.dit_data import DiTBatch, clip_constants, prepare_batch, text_kept, windows
 from pikastream_jax.training.loop import Metrics, Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.training.previews import save_preview
-from pikastream_jax.training.refl import RewardWeights, as_shown, climbed, decode_from, reference_picture, reward_loss
+from pikastream_jax.training.refl import (
+    RewardedSettings,
+    as_shown,
+    climbed,
+    decode_from,
+    load_rewards,
+    reference_picture,
+    reward_loss,
+)
 from pikastream_jax.training.sampling import bidirectional_velocity, sample_teacher
-from pikastream_jax.training.settings import DiTSettings, Optimiser
+from pikastream_jax.training.settings import Optimiser
 from pikastream_jax.training.training_form import training_form
 from pikastream_jax.weights.safetensors_io import restore_into
 
@@ -37,7 +44,7 @@ HELD_OUT = 12  # clips that are sampled to be measured
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(DiTSettings):
+class Settings(RewardedSettings):
     """Settings of the stage; a row of a batch is a clip."""
 
     updates: int = 150
@@ -54,11 +61,6 @@ class Settings(DiTSettings):
     """Steps without gradient before them are this many or more."""
     decoded: int = 4
     """Latent frames that rewards see, a random stretch; FlashVAE's window comes before them."""
-    weights: RewardWeights = RewardWeights()
-    clip: float = 0.1
-    """Largest norm of one reward's gradient over the pixels of one row."""
-    anchor: float = 1.0
-    """Weight of the squared distance from the velocities of the model that the stage starts from."""
     optimiser: Optimiser = OptimiserConfig(learning_rate=1e-4, warmup_steps=10, decay="linear", muon=False)
 
     def __post_init__(self):
@@ -68,8 +70,6 @@ class Settings(DiTSettings):
                 f"a window of {self.window} of {self.steps} steps after {self.earliest} or more: window + earliest must be at most steps, "
                 "and the window at least 1"
             )
-        if not self.anchor >= 0:
-            raise ValueError(f"anchor {self.anchor} must be at least 0")
 
 
 def sampled_window(

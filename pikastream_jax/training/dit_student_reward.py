@@ -19,7 +19,6 @@ from pikastream_jax.config import Config
 from pikastream_jax.flash_vae import FlashVAE
 from pikastream_jax.flash_vae.latents import LatentStatistics
 from pikastream_jax.nn.layers import Params
-from pikastream_jax.rewards import load_rewards
 from pikastream_jax.streaming.step import Models
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.dit_causal import record
@@ -30,16 +29,17 @@ from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.training.previews import save_preview
 from pikastream_jax.training.refl import (
-    RewardWeights,
+    RewardedSettings,
     as_shown,
     climbed,
     decode_frames,
     decode_from,
+    load_rewards,
     reference_picture,
     reward_loss,
 )
 from pikastream_jax.training.roll_out import Script, ask, check_evictions, learn, roll_out, with_swaps
-from pikastream_jax.training.settings import DiTSettings, Optimiser
+from pikastream_jax.training.settings import Optimiser
 from pikastream_jax.training.training_form import training_models
 from pikastream_jax.weights.safetensors_io import restore_into
 
@@ -47,7 +47,7 @@ HELD_OUT = 12  # clips that are rolled out to be measured
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(DiTSettings):
+class Settings(RewardedSettings):
     """Settings of the stage; a row of a batch is a roll-out."""
 
     updates: int = 150
@@ -56,17 +56,7 @@ class Settings(DiTSettings):
     """Length of a roll-out."""
     judged: int = 6
     """Its last latent frames, which rewards see."""
-    weights: RewardWeights = RewardWeights()
-    clip: float = 0.1
-    """Largest norm of one reward's gradient over the pixels of one row."""
-    anchor: float = 1.0
-    """Weight of the squared distance from the velocities of the student that the stage starts from."""
     optimiser: Optimiser = OptimiserConfig(learning_rate=5e-5, warmup_steps=10, decay="linear", muon=False)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.anchor >= 0:
-            raise ValueError(f"anchor {self.anchor} must be at least 0")
 
 
 def decode_along(

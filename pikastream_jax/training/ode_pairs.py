@@ -37,7 +37,7 @@ from pikastream_jax.training.dit_data import CROP, ClipWindows, DiTBatch, clip_c
 from pikastream_jax.training.records import Plan, Record, Records, read_record, write_records
 from pikastream_jax.training.roll_out import cropped
 from pikastream_jax.training.sampling import Guidance, euler, guided, refined_timesteps, sample_teacher
-from pikastream_jax.training.stages import TEACHERS, Entry
+from pikastream_jax.training.stages import TEACHERS, best_run
 from pikastream_jax.training.two_copies import Trajectory, TwoCopies, causal_velocity, random_chunks
 from pikastream_jax.weights.safetensors_io import restore_into
 
@@ -237,13 +237,11 @@ def main(arguments: list[str] | None = None) -> int:
         changes = stage_settings(known.config).get("ode_pairs", {})
         settings = tyro.cli(Arguments, args=given, default=dataclasses.replace(Arguments(), **changes))
         config, runs = preset(settings.config), settings.runs or Path("runs") / settings.config
-        given = {name: path for name in ("clips", "teacher") if (path := getattr(settings, name)) is not None}
-        needs = {"clips": ("clips",), "teacher": TEACHER_RUNS[settings.kind]}
-        init = Entry(__name__, needs=needs).hand_over("ode_pairs", given, runs)
-        clips = init["clips"]
+        clips = settings.clips or best_run(runs, ("clips",), "--clips")
+        teacher = settings.teacher or best_run(runs, TEACHER_RUNS[settings.kind], "--teacher")
         folder = settings.out or runs / ("ode_pairs" if settings.kind == "bidirectional" else "ode_pairs_causal")
         model = functional(lambda rngs: Denoiser(config, rngs=rngs))
-        params = restore_into(model.abstract, load_weights(init["teacher"]))
+        params = restore_into(model.abstract, load_weights(teacher))
         about = ("kind", "latent_frames", "steps", "text", "audio", "reference", "batch", "seed")
         made_with = {name: getattr(settings, name) for name in about} | {
             "config": config.name,

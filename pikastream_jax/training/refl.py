@@ -5,16 +5,21 @@ time when its gradient is taken, so that memory holds one frame's activations an
 """
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pikastream_jax.config import Config
 from pikastream_jax.flash_vae import FlashVAE, KVCache
 from pikastream_jax.flash_vae.latents import LatentStatistics
 from pikastream_jax.nn.layers import Params
 from pikastream_jax.rewards import REWARDS, Rewards, Shown, canonical
 from pikastream_jax.rewards.shown import MEL_PER_LATENT
+from pikastream_jax.training.checkpoint import load_weights
+from pikastream_jax.training.settings import DiTSettings
+from pikastream_jax.weights.safetensors_io import restore_into
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +41,45 @@ class RewardWeights:
     def used(self) -> dict[str, float]:
         """The weights above 0."""
         return {name: getattr(self, name) for name in REWARDS if getattr(self, name)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardedSettings(DiTSettings):
+    """What the stages that climb rewards have in common."""
+
+    weights: RewardWeights = RewardWeights()
+    clip: float = 0.1
+    """Largest norm of one reward's gradient over the pixels of one row."""
+    anchor: float = 1.0
+    """Weight of the squared distance from the velocities of the model that the stage starts from."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.clip > 0:
+            raise ValueError(f"clip {self.clip} must be above 0: it is the largest norm of a reward's gradient")
+        if not self.anchor >= 0:
+            raise ValueError(f"anchor {self.anchor} must be at least 0")
+
+
+def load_rewards(config: Config, init: dict[str, Path]) -> tuple[Rewards, dict[str, Params]]:
+    """The trained rewards.
+
+    Args:
+      init: run folder or .safetensors of `reward_identity`, `reward_lip_sync`, `reward_motion` and `reward_artifact`; more names are left alone.
+
+    Raises:
+      ValueError: one is missing, or does not fit its model.
+    """
+    rewards, params = Rewards.of(config), {}
+    for name, model in rewards.models.items():
+        stage = f"reward_{name}"
+        if stage not in init:
+            raise ValueError(f"the rewards need --init {stage}=PATH: train it with `python train.py {stage}`")
+        try:
+            params[name] = restore_into(model.abstract, load_weights(init[stage]))
+        except ValueError as error:
+            raise ValueError(f"--init {stage}={init[stage]}: {error}") from error
+    return rewards, params
 
 
 def decode_frames(

@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 from pikastream_jax.nn.layers import functional, parameter_count
-from pikastream_jax.rewards import REWARDS, Rewards, Shown, load_rewards
+from pikastream_jax.rewards import REWARDS, Rewards, Shown
 from pikastream_jax.rewards.network import Calibration
+from pikastream_jax.training.refl import load_rewards
 from pikastream_jax.weights import safetensors_io
 from tests.small import randomised, small_config
 

@@ -9,10 +9,11 @@ import pytest
 from small_corpus import small_corpus
 
 from pikastream_jax.data.corpus import save_corpus
-from pikastream_jax.rewards import REWARDS, load_rewards
+from pikastream_jax.rewards import REWARDS
 from pikastream_jax.training import reward_artifact, reward_clips, reward_identity, reward_lip_sync, reward_motion
 from pikastream_jax.training.loop import run
 from pikastream_jax.training.optimiser import OptimiserConfig
+from pikastream_jax.training.refl import load_rewards
 from pikastream_jax.training.reward_clips import Painter, talking_clips
 from pikastream_jax.weights import safetensors_io
 from tests.rewards.test_scoring import shown_clips
