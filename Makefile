@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 	@echo "the talking face is in $(CURDIR)/talk.mp4"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
 parity: $(VENV)/.installed-parity
 	$(BIN)/python -m pytest -q -m parity tests/parity

@@ -11,7 +11,7 @@ from typing import Annotated
 import jax
 import tyro
 
-from configs import preset, stage_settings
+from configs import preset, stage_init, stage_settings
 from pikastream_jax.training.loop import NonFiniteError, run
 from pikastream_jax.training.mesh import make_mesh
 from pikastream_jax.training.processes import Processes
@@ -118,7 +118,7 @@ def _train(name: str, entry: Entry, flags: list[str]) -> None:
         jax.config.update("jax_num_cpu_devices", how.cpu_devices)
     Processes(how.coordinator, how.processes, how.process).join()
     mesh = make_mesh(how.fsdp, how.sequence)
-    init = entry.hand_over(name, parse_init(how.init), how.runs_folder)
+    init = entry.hand_over(name, stage_init(how.config).get(name, {}) | parse_init(how.init), how.runs_folder)
     stage = module.build(config, how.seed, init, told.settings)
     folder = how.out or how.runs_folder / name
     if how.replay:

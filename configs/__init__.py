@@ -1,9 +1,11 @@
 """Presets by name."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from configs.base_1_3b import base_1_3b
+from configs.nano import INIT as NANO_INIT
 from configs.nano import SETTINGS as NANO_SETTINGS
 from configs.nano import nano
 from configs.pikastream_9b import pikastream_9b
@@ -31,3 +33,8 @@ def preset(name: str, **stream) -> Config:
 def stage_settings(name: str) -> dict[str, dict[str, Any]]:
     """For each stage of the training what a preset wants different from the stage's own settings, which are those of `tiny`."""
     return {"nano": NANO_SETTINGS}.get(name, {})
+
+
+def stage_init(name: str) -> dict[str, dict[str, Path]]:
+    """For each stage of a preset what it starts from where nothing else is named with --init."""
+    return {"nano": NANO_INIT}.get(name, {})

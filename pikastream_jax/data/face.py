@@ -4,10 +4,13 @@ It gives the project unlimited talking faces whose truth (identity, pose, mouth 
 a pure function; `jax.vmap` over frames or people and `jax.jit` as needed.
 """
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from pikastream_jax.data import face_features as features
 from pikastream_jax.data import face_layers as layers
@@ -21,11 +24,12 @@ from pikastream_jax.data.face_pose import FaceState, neutral_state, to_face, to_
 from pikastream_jax.data.face_shapes import Colour
 
 __all__ = [
-    "FaceState", "Identity", "eyes_box", "hard_distractor", "mouth_box", "neutral_state", "presentation_name",
-    "render", "sample_identity", "true_mouth",
+    "FaceState", "Identity", "eyes_box", "hard_distractor", "map_renders", "mouth_box", "neutral_state",
+    "presentation_name", "render", "sample_identity", "true_mouth",
 ]  # fmt: skip
 
 _EDGE_PIXELS = 1.5  # width of an anti-aliased edge
+_AT_ONCE = 64  # pictures that an accelerator draws together
 
 
 def render(
@@ -100,6 +104,11 @@ def _settle(tree):
     flat, unravel = ravel_pytree(tree)
     one = jnp.uint32(1) + (0.0 * flat[0]).astype(jnp.uint32)
     return unravel(lax.bitcast_convert_type(lax.div(lax.bitcast_convert_type(flat, jnp.uint32), one), jnp.float32))
+
+
+def map_renders(function: Callable[[PyTree], PyTree], xs: PyTree) -> PyTree:
+    """`jax.lax.map` for functions that render: in batches on an accelerator, one after another on a CPU, where that is several times faster."""
+    return lax.map(function, xs, batch_size=None if jax.default_backend() == "cpu" else _AT_ONCE)
 
 
 def _to_channels(canvas: Colour, state: FaceState) -> Float[Array, "h w 3"]:

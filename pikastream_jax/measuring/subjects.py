@@ -11,7 +11,15 @@ import numpy as np
 from jaxtyping import Float, PRNGKeyArray, UInt8
 
 from pikastream_jax.data.captions import CANONICAL, style_from_caption_attributes
-from pikastream_jax.data.face import FaceState, Identity, neutral_state, render, sample_identity, true_mouth
+from pikastream_jax.data.face import (
+    FaceState,
+    Identity,
+    map_renders,
+    neutral_state,
+    render,
+    sample_identity,
+    true_mouth,
+)
 from pikastream_jax.data.motion import SpeechTrack, style_motion
 from pikastream_jax.data.speech import SAMPLE_RATE, mouth_tracks, normalise_level
 
@@ -143,5 +151,4 @@ def _draw(identity, state, size):
 
 @functools.partial(jax.jit, static_argnums=2)
 def _film(identity, states, size):
-    # A loop, not a batch: the renderer is several times faster in one.
-    return jax.lax.map(lambda state: _bytes(render(identity, state, size=size)), states)
+    return map_renders(lambda state: _bytes(render(identity, state, size=size)), states)

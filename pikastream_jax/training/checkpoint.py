@@ -188,11 +188,12 @@ class Checkpoints:
             self._checkpointer.close()
 
 
-def load_weights(path: str | os.PathLike[str]) -> safetensors_io.Params:
+def load_weights(path: str | os.PathLike[str], part: str = "") -> safetensors_io.Params:
     """Weights to start a stage from.
 
     Args:
       path: a safetensors file, or a run folder: the averaged (EMA) parameters of its newest checkpoint.
+      part: of a file with several models, such as the shipped one, the one that is wanted: denoiser or flash_vae.
 
     Returns:
       Nested dict of arrays; pass it through `safetensors_io.restore_into` to check it against a model.
@@ -203,7 +204,8 @@ def load_weights(path: str | os.PathLike[str]) -> safetensors_io.Params:
     """
     path = Path(path)
     if not path.is_dir():
-        return safetensors_io.load(path)[0]
+        weights, header = safetensors_io.load(path)
+        return weights[part] if part in weights and "pikastream" in header else weights
     if not (path / CHECKPOINTS).is_dir():
         raise FileNotFoundError(f"{path} is not a run folder: it has no {CHECKPOINTS}/")
     checkpoints = Checkpoints(path / CHECKPOINTS, write=False)

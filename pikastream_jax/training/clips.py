@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jaxtyping import Array, Float, Int, Key
 from tqdm import tqdm
 
@@ -43,6 +42,7 @@ from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.innovations import Innovations, fit_innovations
 from pikastream_jax.training.losses import psnr, region_weights
 from pikastream_jax.training.records import Plan, Records, read_constants, read_record, write_records
+from pikastream_jax.training.settings import arguments_of
 from pikastream_jax.training.stages import FLASH_VAE, best_run
 from pikastream_jax.weights.safetensors_io import restore_into
 
@@ -259,7 +259,8 @@ def conclude(open_split: Callable[[str], Records]) -> dict[str, np.ndarray]:
     records = open_split("train")
     total, squares, count = 0.0, 0.0, 0
     for number in range(len(records)):
-        flat = records[number]["latents"].astype(np.float64).reshape(-1, records[number]["latents"].shape[-1])
+        latents = records[number]["latents"]
+        flat = latents.reshape(-1, latents.shape[-1]).astype(np.float64)
         total, squares, count = total + flat.sum(axis=0), squares + (flat**2).sum(axis=0), count + len(flat)
     mean = total / count
     deviation = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
@@ -293,6 +294,8 @@ class Arguments:
     """Length of a clip."""
     seed: int = 0
     """Everything random follows from it."""
+    like: Path | None = None
+    """File that streams, such as the shipped one, whose latent statistics are kept: for a DiT that goes on from its weights."""
     batch: int | None = None
     """Clips drawn at a time; by default 1 on a CPU, where more gain nothing, and 16 elsewhere."""
     shard: int = 100
@@ -302,8 +305,8 @@ class Arguments:
 
 
 def main() -> int:
-    arguments = tyro.cli(Arguments)
     try:
+        arguments = arguments_of(Arguments, "clips", sys.argv[1:])
         config = preset(arguments.config)
         for name, least in {"batch": 1, "latent_frames": 4}.items():
             if (value := getattr(arguments, name)) is not None and value < least:
@@ -312,7 +315,7 @@ def main() -> int:
         flash_vae = arguments.flash_vae or best_run(runs, FLASH_VAE, "--flash-vae")
         folder = arguments.out or runs / "clips"
         model = functional(lambda rngs: FlashVAE(config.flash_vae, rngs=rngs))
-        params = restore_into(model.abstract, load_weights(flash_vae))
+        params = restore_into(model.abstract, load_weights(flash_vae, "flash_vae"))
         corpus = load_corpus(arguments.speech)
         tokenizer = Tokenizer.learn(phrases(), config.text.vocabulary, config.text.length)
         made_with = {
@@ -323,6 +326,10 @@ def main() -> int:
             "speech": digest(corpus.mel, corpus.tracks),
             "words": tokenizer.words,
         }
+        kept = {}
+        if arguments.like is not None:
+            kept = statistics_of(arguments.like, config)
+            made_with["statistics"] = digest(*kept.values())
         plan = Plan({"train": arguments.count, "held_out": arguments.held_out}, arguments.shard, made_with)
         batch = arguments.batch or (1 if jax.default_backend() == "cpu" else 16)
         make = clip_maker(config, model, params, corpus, tokenizer, arguments.latent_frames, arguments.seed, batch)
@@ -334,7 +341,7 @@ def main() -> int:
                 made += 1
                 yield clip
 
-        write_records(folder, plan, counted, conclude)
+        write_records(folder, plan, counted, lambda open_split: conclude(open_split) | kept)
     except (ValueError, OSError) as error:
         print(f"clips: {error}", file=sys.stderr)
         return 1
@@ -342,6 +349,20 @@ def main() -> int:
     print(f"{folder}: {arguments.count} training clips and {arguments.held_out} held out, of {arguments.latent_frames} latent frames; ", end="")
     print(f"{made} made now, {rate:.2f} a second")
     return 0
+
+
+def statistics_of(path: Path, config: Config) -> dict[str, np.ndarray]:
+    """The latent statistics of a file that streams, as `conclude` names them.
+
+    Raises:
+      ValueError: it has none, or those of latents with other channels.
+    """
+    found = load_weights(path).get("statistics", {})
+    kept = {f"statistics.{name}": np.asarray(found.get(name), np.float32) for name in ("mean", "std")}
+    wanted = (config.flash_vae.latent_channels,)
+    if wrong := [array.shape for array in kept.values() if array.shape != wanted]:
+        raise ValueError(f"--like {path}: its latent statistics have shape {wrong[0]}, those of {config.name} have {wanted}; take a file made by training.export")
+    return kept
 
 
 def digest(*arrays: Array) -> str:

@@ -28,6 +28,7 @@ from pikastream_jax.measuring.estimator import Estimator
 from pikastream_jax.measuring.paired import compared, mean_and_error, table
 from pikastream_jax.nn.layers import Params
 from pikastream_jax.rewards import REWARDS
+from pikastream_jax.streaming.package import load_package
 from pikastream_jax.streaming.step import ModelParams, Models
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.clips import SPEECH, digest, load_clip_record
@@ -58,7 +59,7 @@ class Arguments:
     """Compare runs on held-out clips."""
 
     runs: tuple[str, ...]
-    """Folders in runs/CONFIG (or paths), each compared with the first; NAME@STEPS for a teacher in so many steps; truth for the clips themselves."""
+    """Folders in runs/CONFIG (or paths), each compared with the first; NAME@STEPS for a teacher in so many steps; a file that streams; truth for the clips themselves."""
     config: str = "tiny"
     """Preset in configs/."""
     clips: int = 200
@@ -98,7 +99,7 @@ class Contestant:
 
 
 def contestant(name: str, config: Config, folder: Path, steps: int, guidance: Guidance) -> Contestant:
-    """A run by its name, `NAME@STEPS`, or `truth`.
+    """A run by its name, `NAME@STEPS`, a file that streams, or `truth`.
 
     Args:
       folder: of the preset's runs.
@@ -112,6 +113,10 @@ def contestant(name: str, config: Config, folder: Path, steps: int, guidance: Gu
     if separator and not (asked.isdigit() and int(asked) > 0):
         raise ValueError(f"run {name!r}: {asked!r} is no number of steps, write for example {run}@8")
     path = folder / run if (folder / run).exists() else Path(run)
+    if path.is_file():
+        if separator:
+            raise ValueError(f"run {name!r}: a student takes the steps that it was trained for; leave @{asked} away")
+        return _packed(name, path, config, folder)
     if not (path / "config.json").is_file():
         there = sorted(entry.parent.name for entry in folder.glob("dit_*/config.json"))
         raise ValueError(f"no run {run!r} in {folder}: {'there are ' + ', '.join(there) if there else 'it has none of the DiT'}")
@@ -123,10 +128,26 @@ def contestant(name: str, config: Config, folder: Path, steps: int, guidance: Gu
     if separator and not teacher:
         raise ValueError(f"run {name!r}: a student takes the steps that it was trained for; leave @{asked} away")
     models, sampler = _sampler(config if teacher else as_trained(config, record), int(asked or steps) if teacher else None, guidance)
-    params = restore_into(models.denoiser.abstract, load_weights(path))
+    params = restore_into(models.denoiser.abstract, load_weights(path, "denoiser"))
     way = {"weights": digest(*jax.tree.leaves(params))}
     way |= {"steps": int(asked or steps), "guidance": dataclasses.asdict(guidance)} if teacher else {"stream": dataclasses.asdict(models.config.stream)}
     return Contestant(name, models, params, sampler, teacher, way)
+
+
+def _packed(name: str, path: Path, config: Config, folder: Path) -> Contestant:
+    """The student in a file that streams. Its latents must be scaled as those of the clips."""
+    package = load_package(path)
+    if package.config.name != config.name:
+        raise ValueError(f"{path} is of preset {package.config.name}: give --config {package.config.name}")
+    _, statistics = load_clip_record(folder / "clips", config.text.length)
+    packed = package.params.statistics
+    for field in ("mean", "std"):
+        if not np.allclose(getattr(packed, field), getattr(statistics, field), atol=1e-3):
+            raise ValueError(f"{path} and {folder / 'clips'} scale latents differently: make clips with --like {path}")
+    models, sampler = _sampler(config, None, Guidance())
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), package.params.denoiser)
+    way = {"weights": digest(*jax.tree.leaves(params)), "stream": dataclasses.asdict(config.stream)}
+    return Contestant(name, models, params, sampler, False, way)
 
 
 @functools.cache
@@ -151,7 +172,7 @@ def load_judge(config: Config, folder: Path) -> tuple[Judge, dict[str, Any]]:
     """
     models = Models.of(config)
     _, statistics = load_clip_record(folder / "clips", config.text.length)
-    flash_vae = restore_into(models.flash_vae.abstract, load_weights(best_run(folder, FLASH_VAE, "--root")))
+    flash_vae = restore_into(models.flash_vae.abstract, load_weights(best_run(folder, FLASH_VAE, "--root"), "flash_vae"))
     there = {f"reward_{name}": folder / f"reward_{name}" for name in REWARDS}
     rewards, reward_params = None, {}
     if all(path.exists() for path in there.values()):

@@ -96,7 +96,7 @@ def main() -> None:
     arguments = tyro.cli(Arguments)
     config = preset(arguments.config)
     model = functional(lambda rngs: Denoiser(config, rngs=rngs))
-    params = restore_into(model.abstract, load_weights(arguments.denoiser))
+    params = restore_into(model.abstract, load_weights(arguments.denoiser, "denoiser"))
     clips = {split: windows(config, arguments.clips, split, arguments.batch, LATENT_FRAMES, None)[0] for split in ("train", "held_out")}
     result = measure(config, params, clip_constants(arguments.clips), clips)
     print(f"{'clips':9} {'t':>5} " + " ".join(f"{name:>12}" for name in VARIANTS))

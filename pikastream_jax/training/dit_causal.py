@@ -143,7 +143,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
     largest = config.stream.chunk
 
     def initial_state() -> TrainState:
-        return TrainState.start(restore_into(model.abstract, load_weights(init["denoiser"])), optimiser)
+        return TrainState.start(restore_into(model.abstract, load_weights(init["denoiser"], "denoiser")), optimiser)
 
     def losses(
         params: Params, rows: DiTBatch, key: Array, told: LatentReader, chunk_ids: Int[Array, "b f"], trajectory: Trajectory | None

@@ -68,7 +68,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
     optimiser = make_optimiser(model.abstract, settings.optimiser, settings.updates)
 
     def weights(name: str) -> Params:
-        return restore_into(model.abstract, load_weights(init[name]))
+        return restore_into(model.abstract, load_weights(init[name], "denoiser"))
 
     def error(params: Params, guide: Params, batch: DiTBatch, key: Array, chunk_ids: Int[Array, "b f"]) -> Float[Array, ""]:
         copies = two_copies(config, batch, key, chunk_ids)

@@ -60,10 +60,10 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
     `text`, runs of `audio_pretrain` and `text_pretrain` whose encoders take the place of its own.
 
     Raises:
-      ValueError: neither a `denoiser` nor a `text` encoder is named, and this stage does not train one.
+      ValueError: neither a `denoiser` nor both encoders are named: this stage trains no text encoder, and lips hardly follow a new one of sound.
     """
-    if not {"denoiser", "text"} & init.keys():
-        raise ValueError("dit_pretrain needs --init text=PATH, a run of text_pretrain, or denoiser=PATH: it trains no text encoder")
+    if "denoiser" not in init and (missing := [name for name in ("audio", "text") if name not in init]):
+        raise ValueError(f"dit_pretrain needs {' and '.join(missing)}: run {' and '.join(f'{name}_pretrain' for name in missing)} first, or give --init denoiser=PATH to start from")
     return flow_matching_stage(config, "dit_pretrain", seed, init, settings)
 
 
@@ -80,12 +80,12 @@ def flow_matching_stage(
 
     def initial_state() -> TrainState:
         if "denoiser" in init:
-            params = restore_into(model.abstract, load_weights(init["denoiser"]))
+            params = restore_into(model.abstract, load_weights(init["denoiser"], "denoiser"))
         else:
             params = initial_params(build_model, jax.random.key(seed))
         for encoder in ("audio", "text"):
             if encoder in init:
-                params[encoder] = restore_into(model.abstract[encoder], load_weights(init[encoder])[encoder])
+                params[encoder] = restore_into(model.abstract[encoder], load_weights(init[encoder], "denoiser")[encoder])
         return TrainState.start(params, optimiser)
 
     reader = reader_model(config)

@@ -51,7 +51,7 @@ class Settings(RewardedSettings):
     batch: int = 4
     latent_frames: int = 6
     """As many as the model was trained on."""
-    steps: int = 10
+    solver_steps: int = 10
     """Of the solver."""
     shift: float = 3.0
     """Of the solver's timesteps."""
@@ -65,9 +65,9 @@ class Settings(RewardedSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        if not (self.window >= 1 and 0 <= self.earliest <= self.steps - self.window):
+        if not (self.window >= 1 and 0 <= self.earliest <= self.solver_steps - self.window):
             raise ValueError(
-                f"a window of {self.window} of {self.steps} steps after {self.earliest} or more: window + earliest must be at most steps, "
+                f"a window of {self.window} of {self.solver_steps} steps after {self.earliest} or more: window + earliest must be at most solver_steps, "
                 "and the window at least 1"
             )
 
@@ -144,11 +144,11 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
     model = training_form(functional(lambda rngs: Denoiser(config, rngs=rngs)), settings.form)
     vae_model = functional(lambda rngs: FlashVAE(config.flash_vae, rngs=rngs))
     optimiser = make_optimiser(model.abstract, settings.optimiser, settings.updates)
-    times = solver_timesteps(settings.steps, settings.shift)
+    times = solver_timesteps(settings.solver_steps, settings.shift)
     rewards, reward_params = load_rewards(config, init)
 
     def start() -> Params:
-        return restore_into(model.abstract, load_weights(init["denoiser"]))
+        return restore_into(model.abstract, load_weights(init["denoiser"], "denoiser"))
 
     def judged(rows: DiTBatch, clean: Float[Array, "b f r c z"], data: dict, first: Int[Array, ""]):
         """Rewards' view of the stretch of latent frames from `first` on, FlashVAE's window behind it."""
@@ -163,7 +163,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         k_rows, k_noise, k_first, k_stretch, k_distance = jax.random.split(key, 5)
         rows = split_batch(prepare_batch(config, data, batch, k_rows, train=False))
         noise = jax.random.normal(k_noise, rows.latents.shape)
-        first = jax.random.randint(k_first, (), settings.earliest, settings.steps - settings.window + 1)
+        first = jax.random.randint(k_first, (), settings.earliest, settings.solver_steps - settings.window + 1)
         stretch = jax.random.randint(k_stretch, (), 0, settings.latent_frames - settings.decoded - context + 1)
         distance = jax.random.randint(k_distance, (settings.batch,), 4, 31).astype(jnp.float32)
 
@@ -181,7 +181,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
 
     @functools.cache
     def data() -> dict:
-        flash_vae = restore_into(vae_model.abstract, load_weights(init["flash_vae"]))
+        flash_vae = restore_into(vae_model.abstract, load_weights(init["flash_vae"], "flash_vae"))
         return clip_constants(init["clips"]) | {"flash_vae": flash_vae, "rewards": reward_params, "anchor": start()}
 
     @functools.cache
@@ -193,7 +193,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         rows = prepare_batch(config, data, batch, jax.random.key(0), train=False)
         noise = jax.random.normal(jax.random.key(1), rows.latents.shape)
         distance = jnp.full(HELD_OUT, float(config.stream.reference_distance))
-        clean, points = sample_teacher(model, params, rows, noise, times, distance, kept=tuple(range(settings.earliest, settings.steps)))
+        clean, points = sample_teacher(model, params, rows, noise, times, distance, kept=tuple(range(settings.earliest, settings.solver_steps)))
         scores = rewards.scores(data["rewards"], judged(rows, clean, data, settings.latent_frames - settings.decoded - context))
         scores = {name: jnp.mean(score) for name, score in scores.items()}
 

@@ -162,8 +162,8 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
     reader = reader_model(config)
 
     def initial_state() -> TrainState:
-        state = TrainState.start(restore_into(models.denoiser.abstract, load_weights(init["denoiser"])), optimiser)
-        params = restore_into(critic.abstract, load_weights(init.get("critic", init["teacher"])))
+        state = TrainState.start(restore_into(models.denoiser.abstract, load_weights(init["denoiser"], "denoiser")), optimiser)
+        params = restore_into(critic.abstract, load_weights(init.get("critic", init["teacher"]), "denoiser"))
         return dataclasses.replace(state, extra={"critic": params, "optimiser": critic_optimiser.init(params)})
 
     def update(state: TrainState, key: Array, data: dict, batch: dict) -> tuple[TrainState, Metrics]:
@@ -205,7 +205,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
 
     @functools.cache
     def data() -> dict:
-        weights = restore_into(teacher.abstract, load_weights(init["teacher"]))
+        weights = restore_into(teacher.abstract, load_weights(init["teacher"], "denoiser"))
         weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, settings.teacher_precision), weights)
         return clip_constants(init["clips"]) | {"teacher": weights, "reader": load_reader(config, init["reader"])}
 

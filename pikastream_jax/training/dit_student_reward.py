@@ -100,7 +100,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
     unjudged = (settings.latent_frames - settings.judged) // config.stream.chunk
 
     def start() -> Params:
-        return restore_into(models.denoiser.abstract, load_weights(init["denoiser"]))
+        return restore_into(models.denoiser.abstract, load_weights(init["denoiser"], "denoiser"))
 
     def update(state: TrainState, key: Array, data: dict, batch: dict) -> tuple[TrainState, Metrics]:
         k_rows, k_swap, k_noise, k_exit = jax.random.split(key, 4)
@@ -132,7 +132,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
 
     @functools.cache
     def data() -> dict:
-        flash_vae = restore_into(models.flash_vae.abstract, load_weights(init["flash_vae"]))
+        flash_vae = restore_into(models.flash_vae.abstract, load_weights(init["flash_vae"], "flash_vae"))
         return clip_constants(init["clips"]) | {"flash_vae": flash_vae, "rewards": reward_params, "anchor": start()}
 
     streams = HeldOutStreams(config, init["clips"], settings.latent_frames, HELD_OUT)

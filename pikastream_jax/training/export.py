@@ -56,8 +56,8 @@ def export(arguments: Arguments) -> Path:
     models = Models.of(config)
     tokenizer, statistics = load_clip_record(clips, config.text.length)
     params = ModelParams(
-        restore_into(models.denoiser.abstract, load_weights(denoiser)),
-        restore_into(models.flash_vae.abstract, load_weights(flash_vae)),
+        restore_into(models.denoiser.abstract, load_weights(denoiser, "denoiser")),
+        restore_into(models.flash_vae.abstract, load_weights(flash_vae, "flash_vae")),
         statistics,
     )
     out = arguments.out or folder / f"{config.name}.safetensors"

@@ -15,7 +15,7 @@ import tyro
 from jaxtyping import Array, Float
 
 from pikastream_jax.config import Config
-from pikastream_jax.data.face import render, sample_identity
+from pikastream_jax.data.face import map_renders, render, sample_identity
 from pikastream_jax.measuring.estimator import (
     READERS,
     SIZE,
@@ -79,8 +79,7 @@ def estimator_batch(key: Array, batch: int, degraded: bool = True) -> EstimatorB
             pixels = {name: degrade(keys[name], p, patch.get(name, _STRIDE)) for name, p in pixels.items()}
         return EstimatorBatch(pixels, true_outputs(identity, state))
 
-    # One after another: the renderer is several times faster in a loop than in a batch.
-    return jax.lax.map(one, jax.random.split(key, batch))
+    return map_renders(one, jax.random.split(key, batch))
 
 
 def degrade(key: Array, picture: Float[Array, "h w 3"], patch: int) -> Float[Array, "h w 3"]:

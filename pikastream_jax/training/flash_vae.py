@@ -128,7 +128,7 @@ def build_stage(
 
     def initial_state() -> TrainState:
         if "flash_vae" in init:
-            params = restore_into(model.abstract, load_weights(init["flash_vae"]))
+            params = restore_into(model.abstract, load_weights(init["flash_vae"], "flash_vae"))
         else:
             params = initial_params(build_model, jax.random.key(seed))
         return TrainState.start(params, optimiser)

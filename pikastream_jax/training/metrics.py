@@ -91,10 +91,12 @@ def improvement(metrics_file: str | os.PathLike[str]) -> float:
 
 
 def convergence_verdict(metrics_file: str | os.PathLike[str]) -> str:
-    """One line for the log and the model card: converged means less than 1% better over the last 20% of the updates."""
+    """One line for the log and the model card: converged means within 1% of what it was over the last 20% of the updates."""
     try:
         fraction = improvement(metrics_file)
     except ValueError as error:
         return f"convergence unknown: {error}"
+    if fraction <= -0.01:
+        return f"held-out loss rose {-100 * fraction:.1f}% over the last 20%: trained too long, or on too little data"
     verdict = "converged" if fraction < 0.01 else "under-trained"
     return f"held-out loss improved {100 * fraction:.1f}% over the last 20%: {verdict}"

@@ -22,11 +22,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jaxtyping import Array, Float, Float16, Int
 from tqdm import tqdm
 
-from configs import preset, stage_settings
+from configs import preset
 from pikastream_jax.config import Config
 from pikastream_jax.diffusion.flow import interpolate, solver_timesteps
 from pikastream_jax.dit import Denoiser
@@ -37,6 +36,7 @@ from pikastream_jax.training.dit_data import CROP, ClipWindows, DiTBatch, clip_c
 from pikastream_jax.training.records import Plan, Record, Records, read_record, write_records
 from pikastream_jax.training.roll_out import cropped
 from pikastream_jax.training.sampling import Guidance, euler, guided, refined_timesteps, sample_teacher
+from pikastream_jax.training.settings import arguments_of
 from pikastream_jax.training.stages import TEACHERS, best_run
 from pikastream_jax.training.two_copies import Trajectory, TwoCopies, causal_velocity, random_chunks
 from pikastream_jax.weights.safetensors_io import restore_into
@@ -232,16 +232,13 @@ def prepare_pairs(
 def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     try:
-        # The preset decides what the other flags are by default, so it is read first.
-        known, _ = tyro.cli(Arguments, args=given, return_unknown_args=True, add_help=False)
-        changes = stage_settings(known.config).get("ode_pairs", {})
-        settings = tyro.cli(Arguments, args=given, default=dataclasses.replace(Arguments(), **changes))
+        settings = arguments_of(Arguments, "ode_pairs", given)
         config, runs = preset(settings.config), settings.runs or Path("runs") / settings.config
         clips = settings.clips or best_run(runs, ("clips",), "--clips")
         teacher = settings.teacher or best_run(runs, TEACHER_RUNS[settings.kind], "--teacher")
         folder = settings.out or runs / ("ode_pairs" if settings.kind == "bidirectional" else "ode_pairs_causal")
         model = functional(lambda rngs: Denoiser(config, rngs=rngs))
-        params = restore_into(model.abstract, load_weights(teacher))
+        params = restore_into(model.abstract, load_weights(teacher, "denoiser"))
         about = ("kind", "latent_frames", "steps", "text", "audio", "reference", "batch", "seed")
         made_with = {name: getattr(settings, name) for name in about} | {
             "config": config.name,

@@ -25,7 +25,7 @@ def save_preview(
 ) -> None:
     """Decodes normalised latents with `init["flash_vae"]` and writes one picture, two rows to a clip."""
     model = functional(lambda rngs: FlashVAE(config.flash_vae, rngs=rngs))
-    params = restore_into(model.abstract, load_weights(init["flash_vae"]))
+    params = restore_into(model.abstract, load_weights(init["flash_vae"], "flash_vae"))
     _, statistics = load_clip_record(init["clips"], config.text.length)
     decode = jax.jit(lambda params, latents: model.bind(params).decode(statistics.restore(latents)))
     rows = []

@@ -263,7 +263,8 @@ def _read_json(folder: Path) -> dict[str, Any]:
 
 def _check_same(plan: Plan, record: dict[str, Any], folder: Path, what: str) -> None:
     asked = plan.as_json()
-    flat = {**{f"made_with {k}": (v, record.get("made_with", {}).get(k)) for k, v in asked.pop("made_with").items()}}
+    now, before = asked.pop("made_with"), record.get("made_with", {})
+    flat = {f"made_with {name}": (now.get(name), before.get(name)) for name in sorted(now.keys() | before.keys())}
     flat |= {name: (value, record.get(name)) for name, value in asked.items()}
-    if differences := [name for name, (now, before) in flat.items() if now != before]:
+    if differences := [name for name, (wanted, found) in flat.items() if wanted != found]:
         raise ValueError(f"{folder} {what} ({', '.join(differences)} differ): delete it, or choose another folder")

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Float32, Int, PyTree, UInt8
 
 from pikastream_jax.config import Config
 from pikastream_jax.data.corpus import FPS, MEL_FRAMES, SPLITS, VIDEO_FRAMES, load_corpus, window
-from pikastream_jax.data.face import FaceState, Identity, render, sample_identity
+from pikastream_jax.data.face import FaceState, Identity, map_renders, render, sample_identity
 from pikastream_jax.data.motion import sample_style, style_motion
 from pikastream_jax.flash_vae import FlashVAE
 from pikastream_jax.nn.layers import functional
@@ -73,7 +73,7 @@ class Painter:
         self.temporal_stride = config.flash_vae.temporal_stride
         if flash_vae:
             model = functional(lambda rngs: FlashVAE(config.flash_vae, rngs=rngs))
-            params = restore_into(model.abstract, load_weights(flash_vae))
+            params = restore_into(model.abstract, load_weights(flash_vae, "flash_vae"))
 
             @jax.jit
             def through(params, video):
@@ -117,8 +117,7 @@ def draw(identities: Identity, states: FaceState, size: int) -> UInt8[np.ndarray
 
 @functools.partial(jax.jit, static_argnames="size")
 def _draw(people: tuple[Identity, FaceState], size: int) -> UInt8[Array, "n s s 3"]:
-    # One after another: the renderer is several times faster in a loop than in a batch.
-    return jax.lax.map(lambda person: _levels(render(*person, size=size)), people)
+    return map_renders(lambda person: _levels(render(*person, size=size)), people)
 
 
 def _levels(picture: Float[Array, "*b"]) -> UInt8[Array, "*b"]:

@@ -1,15 +1,17 @@
 """What every stage can be told: its length, its batch, its optimiser. A stage's own module adds to it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from configs import stage_settings
 from pikastream_jax.training.optimiser import OptimiserConfig
 from pikastream_jax.training.training_form import Form
 
-Settings = TypeVar("Settings", bound="StageSettings")
+Settings = TypeVar("Settings")
+Arguments = TypeVar("Arguments")
 Optimiser = Annotated[OptimiserConfig, tyro.conf.arg(name="")]  # its flags are not called --optimiser.learning-rate but --learning-rate
 
 
@@ -57,3 +59,14 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
         name: changed(getattr(settings, name), value) if isinstance(value, Mapping) else value for name, value in changes.items()
     }
     return dataclasses.replace(settings, **values)
+
+
+def arguments_of(kind: type[Arguments], name: str, given: Sequence[str]) -> Arguments:
+    """The arguments of a command of the recipe that is no stage. What is not given is as the preset, `--config`, wants it.
+
+    Args:
+      kind: a dataclass with a field `config`, whose fields all have defaults.
+      name: of the command, as in `configs.stage_settings`.
+    """
+    known, _ = tyro.cli(kind, args=given, return_unknown_args=True, add_help=False)
+    return tyro.cli(kind, args=given, default=changed(kind(), stage_settings(known.config).get(name, {})))

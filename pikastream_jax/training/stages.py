@@ -72,8 +72,8 @@ STAGES = {
     **{name: Entry(_PACKAGE + name, takes={"flash_vae": FLASH_VAE}) for name in _REWARDS},
     "dit_pretrain": Entry(
         _PACKAGE + "dit_pretrain",
-        needs=_CLIPS | _READER | {"audio": ("audio_pretrain",), "text": ("text_pretrain",)},
-        takes={"denoiser": ()},
+        needs=_CLIPS | _READER,
+        takes={"denoiser": (), "audio": ("audio_pretrain",), "text": ("text_pretrain",)},
     ),
     "dit_sft": Entry(_PACKAGE + "dit_sft", needs=_CLIPS | _READER | {"denoiser": ("dit_pretrain",)}),
     "dit_reward": Entry(_PACKAGE + "dit_reward", needs=_CLIPS | _REWARDS | {"denoiser": TEACHERS[1:]}),

@@ -116,7 +116,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
     opponent = make_optimiser(discriminator.abstract, settings.discriminator, settings.updates)
 
     def initial_state() -> TrainState:
-        params = restore_into(model.abstract, load_weights(init["flash_vae"]))
+        params = restore_into(model.abstract, load_weights(init["flash_vae"], "flash_vae"))
         judge = initial_params(build_discriminator, jax.random.key(seed))
         start = TrainState.start(params, optimiser)
         return dataclasses.replace(

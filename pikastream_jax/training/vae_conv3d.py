@@ -61,7 +61,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
     optimisers = {name: make_optimiser(tree, settings.optimiser, settings.updates) for name, tree in abstract.items()}
 
     def data() -> dict[str, Params]:
-        return {"encoder": restore_into(model.abstract, load_weights(init["flash_vae"]))}
+        return {"encoder": restore_into(model.abstract, load_weights(init["flash_vae"], "flash_vae"))}
 
     def initial_state() -> TrainState:
         k_conv, k_flash = jax.random.split(jax.random.key(seed))

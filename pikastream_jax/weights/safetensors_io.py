@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 Params = dict[str | int, Any]
+_NAMED = 6  # problems that an error names
 
 
 def save(
@@ -86,7 +87,7 @@ def restore_into(abstract: Mapping[str | int, Any], loaded: Mapping[str | int, A
       A nested dict with the keys of `abstract` and `jax.Array` leaves in its dtypes.
 
     Raises:
-      ValueError: naming every missing entry, every unexpected entry and every wrong shape at once.
+      ValueError: naming the first of the missing entries, unexpected entries and wrong shapes, and how many there are.
     """
     wanted, found = flatten(abstract), flatten(loaded)
     problems = [f"missing {name} {tuple(wanted[name].shape)}" for name in sorted(wanted.keys() - found.keys())]
@@ -99,7 +100,8 @@ def restore_into(abstract: Mapping[str | int, Any], loaded: Mapping[str | int, A
     if problems:
         raise ValueError(
             f"the weights do not fit the model ({len(problems)} problems): "
-            + "; ".join(problems)
+            + "; ".join(problems[:_NAMED])
+            + ("; ..." if len(problems) > _NAMED else "")
             + ". Use the configuration that the weights were trained with."
         )
 

@@ -118,6 +118,16 @@ def test_load_weights_takes_the_average_of_a_run_folder_or_a_file(tmp_path, monk
     jax.tree.map(np.testing.assert_array_equal, load_weights(tmp_path / "average.safetensors"), state.ema)
 
 
+def test_one_model_of_a_file_that_streams_is_taken(tmp_path):
+    denoiser, flash_vae = {"weight": jnp.arange(3.0)}, {"denoiser": jnp.ones(2)}
+    safetensors_io.save(tmp_path / "streams.safetensors", {"denoiser": denoiser, "flash_vae": flash_vae}, {"pikastream": "{}"})
+    assert load_weights(tmp_path / "streams.safetensors", "denoiser")["weight"].tolist() == [0, 1, 2]
+    assert set(load_weights(tmp_path / "streams.safetensors", "flash_vae")) == {"denoiser"}
+    assert set(load_weights(tmp_path / "streams.safetensors")) == {"denoiser", "flash_vae"}
+    safetensors_io.save(tmp_path / "one.safetensors", flash_vae)
+    assert set(load_weights(tmp_path / "one.safetensors", "denoiser")) == {"denoiser"}, "a file of one model is that model, whatever its parts are called"
+
+
 def test_reading_leaves_a_save_under_way_alone(tmp_path):
     """orbax's writer clears away temporary folders when it starts; a reader beside it must not."""
     run(toy_stage(), tmp_path, steps=5)

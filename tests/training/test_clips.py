@@ -225,6 +225,19 @@ def test_what_is_wrong_is_one_line_and_exit_1(inputs, monkeypatch, tmp_path, cap
     assert not (tmp_path / "clips").exists()
 
 
+def test_statistics_are_kept_where_training_goes_on_from_a_file_that_streams(inputs, made, monkeypatch, capsys, tmp_path):
+    kept = {"mean": jnp.arange(4.0), "std": jnp.arange(4.0) + 1}
+    safetensors_io.save(tmp_path / "streams.safetensors", {"statistics": kept}, dtype=jnp.float32)
+    assert command(monkeypatch, inputs, tmp_path / "clips", "--seed", 5, "--like", tmp_path / "streams.safetensors") == 0
+    constants, fresh = read_constants(tmp_path / "clips"), read_constants(made)
+    assert constants["statistics.mean"].tolist() == [0, 1, 2, 3] and constants["statistics.std"].tolist() == [1, 2, 3, 4]
+    np.testing.assert_array_equal(constants["quality"], fresh["quality"])
+    assert command(monkeypatch, inputs, tmp_path / "clips", "--seed", 5) == 1, "with statistics of its own these are other clips"
+    assert "statistics" in capsys.readouterr().err
+    assert command(monkeypatch, inputs, tmp_path / "more", "--like", inputs / "vae.safetensors") == 1
+    assert "its latent statistics have shape ()" in capsys.readouterr().err
+
+
 def test_another_seed_does_not_go_on_with_the_same_folder(inputs, made, monkeypatch, capsys):
     before = (made / "record.json").read_bytes()
     assert command(monkeypatch, inputs, made, "--seed", 7) == 1

@@ -256,8 +256,8 @@ def test_what_the_reader_misreads_moves_the_weights(kind, teacher, monkeypatch):
             assert (moved > 1e-6) == moves, (module, moved)
 
 
-def test_pre_training_without_a_text_encoder_is_refused():
-    with pytest.raises(ValueError, match="needs --init text=PATH"):
+def test_pre_training_without_encoders_is_refused():
+    with pytest.raises(ValueError, match="needs audio and text: run audio_pretrain and text_pretrain first"):
         dit_pretrain.build(CONFIG, 0, {}, dit_pretrain.Settings())
 
 

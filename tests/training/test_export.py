@@ -29,7 +29,7 @@ def root(tmp_path, monkeypatch):
     """Runs of the preset small without weights; those are random and follow from the folder's name."""
     models, params = small_models(CONFIG)
 
-    def weights(path):
+    def weights(path, part):
         return params.flash_vae if path.name.startswith("vae") else randomised(models.denoiser.abstract, len(path.name))
 
     monkeypatch.setitem(configs.PRESETS, "small", lambda: CONFIG)

@@ -16,7 +16,9 @@ import configs
 from pikastream_jax.data.corpus import MEL_FRAMES, dequantise_tracks
 from pikastream_jax.measuring.calibration import IdentityMetric
 from pikastream_jax.measuring.estimator import Reading
+from pikastream_jax.streaming.package import save_package
 from pikastream_jax.training import compare
+from pikastream_jax.training.clips import load_clip_record
 from pikastream_jax.training.dit_data import prepare_batch
 from pikastream_jax.training.judge import HeldOut, Plan, speech_finder, student_sampler
 from pikastream_jax.training.roll_out import Script, roll_out
@@ -101,7 +103,7 @@ def runs(tmp_path_factory):
         yield root
 
 
-def weights_of(path):
+def weights_of(path, part=""):
     models, params = small_models(CONFIG)
     return params.flash_vae if path.name == "vae_streaming" else randomised(models.denoiser.abstract, len(path.name))
 
@@ -136,6 +138,24 @@ def test_truth_is_a_contestant_and_equals_itself(command):
     assert [line.split()[-1] for line in out.splitlines()[2:] if "fewer than 2" not in line and "rewards" not in line] == ["same"] * sum(
         line.endswith("same") for line in out.splitlines()
     )
+
+
+def test_a_file_that_streams_is_judged_as_the_run_that_it_was_packed_from(runs, command, tmp_path):
+    tokenizer, statistics = load_clip_record(runs / "small" / "clips", CONFIG.text.length)
+    _, params = small_models(CONFIG)
+    params = dataclasses.replace(params, denoiser=weights_of(runs / "small" / "dit_causal"), statistics=statistics)
+    save_package(tmp_path / "packed.safetensors", CONFIG, params, tokenizer, {})
+    code, _, err = command("--runs", "dit_causal", str(tmp_path / "packed.safetensors"))
+    assert code == 0, err
+    one, two = (dict(np.load(runs / "small" / "judged" / f"{name}.npz")) for name in ("dit_causal", "packed.safetensors"))
+    assert one.pop("follows_from") != two.pop("follows_from")
+    for name, values in one.items():
+        np.testing.assert_allclose(values, two[name], rtol=0.05, atol=0.05, err_msg=name)  # packed weights are bfloat16
+    other = dataclasses.replace(params, statistics=dataclasses.replace(statistics, mean=statistics.mean + 0.1))
+    save_package(tmp_path / "other.safetensors", CONFIG, other, tokenizer, {})
+    code, _, err = command("--runs", str(tmp_path / "other.safetensors"))
+    assert code == 1 and "scale latents differently: make clips with --like" in err
+    assert "leave @4 away" in command("--runs", f"{tmp_path / 'packed.safetensors'}@4")[2]
 
 
 @pytest.mark.parametrize(

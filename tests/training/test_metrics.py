@@ -25,7 +25,7 @@ def test_improvement_interpolates_between_evaluations(tmp_path):
 
 @pytest.mark.parametrize(
     "end, verdict",
-    [(0.994, "improved 0.6% over the last 20%: converged"), (0.9, "10.0% over the last 20%: under-trained")],
+    [(0.994, "improved 0.6% over the last 20%: converged"), (0.9, "10.0% over the last 20%: under-trained"), (1.2, "rose 20.0% over the last 20%: trained too long")],
 )
 def test_verdict(tmp_path, end, verdict):
     assert verdict in convergence_verdict(write(tmp_path / "metrics.jsonl", [(40, 5.0), (80, 1.0), (100, end)]))

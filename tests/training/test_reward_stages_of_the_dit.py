@@ -21,7 +21,7 @@ from tests.small import randomised, small_config, small_models
 
 CONFIG = small_config(chunk=2, window=4, steps=2)
 ADAM = OptimiserConfig(1e-3, warmup_steps=0, decay="linear", muon=False)
-TEACHER = dit_reward.Settings(updates=10, batch=1, latent_frames=6, steps=4, window=2, earliest=1, decoded=4, optimiser=ADAM)
+TEACHER = dit_reward.Settings(updates=10, batch=1, latent_frames=6, solver_steps=4, window=2, earliest=1, decoded=4, optimiser=ADAM)
 STUDENT = dit_student_reward.Settings(updates=10, batch=2, latent_frames=8, judged=4, optimiser=ADAM)
 
 

@@ -15,7 +15,8 @@ from pikastream_jax.training import dit_pretrain, text_pretrain
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.loop import run
 from pikastream_jax.training.optimiser import OptimiserConfig
-from tests.small import small_config
+from pikastream_jax.weights import safetensors_io
+from tests.small import small_config, small_models
 
 SMALL = small_config()
 CONFIG = dataclasses.replace(
@@ -50,7 +51,9 @@ def test_it_understands_prompts_and_the_dit_starts_from_it(tokenizer, tmp_path):
     assert happy[0] > 0.5 and happy[1] < 0.15
     assert 0.05 < happy[2] < 0.35, "nothing said: the mean over all people"
 
-    pretrain = dit_pretrain.build(CONFIG, 0, {"text": tmp_path / "run"}, dit_pretrain.Settings())
+    audio = tmp_path / "audio.safetensors"
+    safetensors_io.save(audio, {"audio": small_models(CONFIG)[1].denoiser["audio"]}, dtype=jnp.float32)
+    pretrain = dit_pretrain.build(CONFIG, 0, {"audio": audio, "text": tmp_path / "run"}, dit_pretrain.Settings())
     jax.tree.map(np.testing.assert_array_equal, pretrain.init().params["text"], load_weights(tmp_path / "run")["text"])
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import train
 from configs import PRESETS, stage_settings
-from pikastream_jax.training import ode_pairs
+from pikastream_jax.training import clips, ode_pairs
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.settings import changed
 from pikastream_jax.weights.safetensors_io import flatten
@@ -74,7 +74,7 @@ def test_runs_have_their_place_and_hand_over_from_there(monkeypatch, tmp_path):
 def test_the_settings_of_a_preset_are_the_stage_s_own_where_it_says_nothing():
     for name, stages in ((name, stage_settings(name)) for name in PRESETS):
         for stage, changes in stages.items():
-            start = train.STAGES[stage].load().Settings() if stage in train.STAGES else ode_pairs.Arguments()
+            start = train.STAGES[stage].load().Settings() if stage in train.STAGES else {"clips": clips, "ode_pairs": ode_pairs}[stage].Arguments()
             settings = changed(start, changes)
             assert all(getattr(settings, field) == value for field, value in changes.items() if not isinstance(value, dict)), (name, stage)
     with pytest.raises(ValueError, match="has no setting lenght; it has batch"):
@@ -110,6 +110,15 @@ def test_the_help_lists_every_stage(monkeypatch, capsys):
     assert command_line(monkeypatch, "--help") == 0
     text = capsys.readouterr().out
     assert all(f"  {name} " in text for name in train.STAGES)
+
+
+@pytest.mark.parametrize("stage", sorted(train.STAGES))
+def test_every_stage_tells_its_flags(monkeypatch, capsys, stage):
+    """A stage's settings and the flags of every run may not have the same names."""
+    with pytest.raises(SystemExit) as left:
+        command_line(monkeypatch, stage, "--help")
+    told = capsys.readouterr().out
+    assert left.value.code == 0 and "--updates" in told and "--steps" in told and "--learning-rate" in told
 
 
 def test_a_run_goes_on_with_another_number_of_devices(tmp_path):
