@@ -1,4 +1,4 @@
-"""Everything that is claimed of speed, measured on one NVIDIA GPU by one command: never executed on a GPU so far.
+"""Everything that is claimed of speed, measured on one NVIDIA GPU by one command.
 
     python -m benchmarks.gpu
 

@@ -1,7 +1,7 @@
 """What the served programs need on an H200, without one: `python -m benchmarks.h200` compiles them and prints a table.
 
 Memory, copies and the registers of our kernels are the compiler's own word (`benchmarks.deviceless`). cuDNN cannot be compiled there, so
-attention is Mosaic's. Compiled, never executed.
+attention is Mosaic's. Compiled here, not executed.
 """
 
 import dataclasses

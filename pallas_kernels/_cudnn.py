@@ -64,5 +64,10 @@ def attend_groups(
     q: Float[Array, "n t h d"], k: Float[Array, "n s g d"], v: Float[Array, "n s g d"], valid: Int[Array, "n"] | None = None
 ) -> Float[Array, "n t h d"]:
     """Attention over the first `valid` keys (at least 1), or all: with cuDNN's own gradients."""
+    (n, t), a = q.shape[:2], k.shape[1]
+    if a % 2 and valid is None:
+        valid = jnp.full(n, a)
+    # Its gradients take even lengths alone (seen on an H200: "Unsupported sequence length Q 50, KV 5").
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
     run = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-    return run(q, k, v, key_value_seq_lengths=None if valid is None else valid.astype(jnp.int32))
+    return run(q, k, v, key_value_seq_lengths=None if valid is None else valid.astype(jnp.int32))[:, :t]

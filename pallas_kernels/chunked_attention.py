@@ -1,8 +1,8 @@
 """Attention over a whole sequence with the chunk-causal, windowed visibility that inference has: the training path.
 
 `impl="xla"` is the definition; it makes a frames x frames mask and tokens x tokens logits. `impl="mosaic"` are the kernels of
-`chunked_attention_mosaic.py`, which make neither; compiled, never executed on a GPU, so "auto" is "xla" everywhere until a run on one has
-shown them right and faster. There is no "cudnn": cuDNN can tell this visibility only by a tokens x tokens bias, and with one it takes two to
+`chunked_attention_mosaic.py`, which make neither; right on an H200 but not timed, so "auto" is "xla" everywhere until a run has shown them
+faster. There is no "cudnn": cuDNN can tell this visibility only by a tokens x tokens bias, and with one it takes two to
 three times the time of a kernel with bounds (benchmark figures of tokamax for an H100).
 """
 

@@ -1,4 +1,4 @@
-"""The training attention on NVIDIA Hopper, forward and backward (Mosaic GPU). Compiled, never executed on a GPU.
+"""The training attention on NVIDIA Hopper, forward and backward (Mosaic GPU). Right on an H200 (`benchmarks/results`), not timed.
 
 A block of two compute warpgroups takes 128 neighbouring tokens of one head, 64 each; a third warpgroup fetches what they are multiplied with,
 128 keys or 64 queries at a time, ahead of them. In the forward kernel one compute warpgroup has the tensor cores while the other is in its

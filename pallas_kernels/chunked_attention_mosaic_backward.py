@@ -1,4 +1,4 @@
-"""The backward kernels of the training attention for NVIDIA Hopper (Mosaic GPU). Compiled, never executed on a GPU.
+"""The backward kernels of the training attention for NVIDIA Hopper (Mosaic GPU). Right on an H200 (`benchmarks/results`), not timed.
 
 Softmax weights are computed again from the saved log-sum-exp; delta = rowsum(d_out x out) stands for the gradient through the sum
 (FlashAttention-2, arXiv 2307.08691). Two kernels, so that nothing is added up in global memory: `query_gradient` walks over the keys its

@@ -26,9 +26,9 @@ def frame_attention(
       k, v: keys and values, `a` to a group.
       valid: how many of the `a` keys count; None means all. A group with none valid averages all its values, whatever q and k are.
       impl: "xla": plain JAX, which defines the others. "cudnn": cuDNN's fused attention, bfloat16 or float16. "mosaic": our kernels, bfloat16
-        and head dim 64 or 128; compiled, never executed on a GPU: up to 128 keys lie in shared memory at once (gradients too, up to
+        and head dim 64 or 128; right on an H200 (`benchmarks/results`), not timed: up to 128 keys lie in shared memory at once (gradients too, up to
         64), more stream through it (gradients as XLA's). "auto": on CUDA cuDNN where it takes the arrays, else XLA; never Mosaic,
-        until a committed GPU run has shown it right and faster.
+        until a committed GPU run has shown it faster.
 
     Raises:
       ValueError: an unknown `impl`, no keys, or arrays that an `impl` asked for by name cannot take.

@@ -36,7 +36,7 @@ def ring_attention(
       fixed_slots: how many slots at the front are fixed rows.
       fixed_valid, ring_valid: valid slots of either part, per batch row; each row may be another session.
       impl: "xla": plain JAX, which defines the others and their gradients. "cudnn": two calls of cuDNN's fused attention, bfloat16 or float16.
-        "mosaic": our kernel, which reads the cache in place, bfloat16 and head dim 64 or 128; compiled, never executed on a GPU. "auto":
+        "mosaic": our kernel, which reads the cache in place, bfloat16 and head dim 64 or 128; its check on an H200 did not end in time. "auto":
         on CUDA cuDNN where it takes the arrays, else XLA; never Mosaic, until a committed GPU run has shown it right and faster.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Streaming attention over up to three segments of keys, for NVIDIA Hopper: compiled, never executed on a GPU.
+"""Streaming attention over up to three segments of keys, for NVIDIA Hopper: compiled; its check on an H200 did not end within 84 seconds (`benchmarks/results`).
 
 The structure is FlashAttention-3's (Shah et al. 2024, arXiv:2407.08608): one warpgroup only moves keys and values with TMA, two
 compute 64 query rows each and take turns, so that one's softmax runs under the other's matrix product.

@@ -61,7 +61,7 @@ class Rewards:
         """Scores, and the direction in which to change the video.
 
         Each reward's gradient with respect to a clip is first scaled down to the length `clip` where it is longer, so that no reward and no clip
-        drowns the others; then they are summed with their weights. ReFL (Xu et al. 2023, https://arxiv.org/abs/2304.05977) minimises
+        drowns the others; it fades as the clip scores what true clips score (`worth`); then they are summed with their weights. ReFL (Xu et al. 2023, https://arxiv.org/abs/2304.05977) minimises
         `-sum(stop_gradient(cotangent) * video)`, whose gradient is minus this direction.
 
         Args:
@@ -87,8 +87,19 @@ class Rewards:
                 continue
             scores[name], pull = jax.vjp(score, shown.video)
             (gradient,) = pull(jnp.ones_like(scores[name]))
-            total = total + weights[name] * clip_each(gradient.astype(jnp.float32), clip)
+            fade = jax.vmap(jax.grad(worth))(scores[name])
+            total = total + weights[name] * fade[:, None, None, None, None] * clip_each(gradient.astype(jnp.float32), clip)
         return scores, total
+
+
+def worth(score: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """What a score counts for where rewards are climbed: itself up to 0, the mean of true clips, then less and less, and from 1 on no more.
+
+    A clip that a reward finds better than true clips has found the reward's weakness: climbed without an end, the reward of artifacts was
+    answered with a chequered pattern over the whole picture that scored 5 standard deviations above true clips.
+    """
+    above = jnp.clip(score, 0.0, 1.0)
+    return jnp.minimum(score, 1.0) - 0.5 * above**2
 
 
 def clip_each(gradient: Float[Array, "b ..."], clip: float) -> Float[Array, "b ..."]:

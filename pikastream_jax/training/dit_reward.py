@@ -29,11 +29,11 @@ from pikastream_jax.training.previews import save_preview
 from pikastream_jax.training.refl import (
     RewardedSettings,
     as_shown,
-    climbed,
     decode_from,
     load_rewards,
     reference_picture,
     reward_loss,
+    score_metrics,
 )
 from pikastream_jax.training.sampling import bidirectional_velocity, sample_teacher
 from pikastream_jax.training.settings import Optimiser
@@ -175,8 +175,8 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
             return value + settings.anchor * away, scores | {"distance": away}
 
         gradient, parts = jax.grad(loss, has_aux=True)(state.params)
-        # The surrogate's value means nothing; what the stage lowers is minus the scores and the distance.
-        value = settings.anchor * parts["distance"] - climbed(parts, settings.weights)
+        # The surrogate's value means nothing; what the stage lowers is the distance and minus the scores' worth.
+        value = settings.anchor * parts["distance"] - parts["worth"]
         return state.descend(gradient, optimiser, settings.ema), {"loss": value} | parts
 
     @functools.cache
@@ -195,7 +195,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         distance = jnp.full(HELD_OUT, float(config.stream.reference_distance))
         clean, points = sample_teacher(model, params, rows, noise, times, distance, kept=tuple(range(settings.earliest, settings.solver_steps)))
         scores = rewards.scores(data["rewards"], judged(rows, clean, data, settings.latent_frames - settings.decoded - context))
-        scores = {name: jnp.mean(score) for name, score in scores.items()}
+        scores = score_metrics(scores, settings.weights)
 
         def velocity(point):
             x, t = point
@@ -203,7 +203,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
 
         asked = jnp.asarray(times[settings.earliest : -1])
         away = anchor_distance(model, data["anchor"], rows, points, asked, jax.lax.map(velocity, (points, asked)), distance)
-        value = settings.anchor * away - climbed(scores, settings.weights)
+        value = settings.anchor * away - scores["worth"]
         return {"loss": value, "distance": away} | scores, rows.latents, clean
 
     def sample(state: TrainState, path: Path) -> None:

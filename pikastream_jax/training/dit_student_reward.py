@@ -31,12 +31,12 @@ from pikastream_jax.training.previews import save_preview
 from pikastream_jax.training.refl import (
     RewardedSettings,
     as_shown,
-    climbed,
     decode_frames,
     decode_from,
     load_rewards,
     reference_picture,
     reward_loss,
+    score_metrics,
 )
 from pikastream_jax.training.roll_out import Script, ask, check_evictions, learn, roll_out, with_swaps
 from pikastream_jax.training.settings import Optimiser
@@ -126,8 +126,8 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
             return value + settings.anchor * away, scores | {"distance": away}
 
         gradient, parts = jax.grad(loss, has_aux=True)(state.params)
-        # The surrogate's value means nothing; what the stage lowers is minus the scores and the distance.
-        value = settings.anchor * parts["distance"] - climbed(parts, settings.weights)
+        # The surrogate's value means nothing; what the stage lowers is the distance and minus the scores' worth.
+        value = settings.anchor * parts["distance"] - parts["worth"]
         return state.descend(gradient, optimiser, settings.ema), {"loss": value} | parts
 
     @functools.cache
@@ -143,8 +143,8 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         vae, statistics = models.flash_vae.bind(data["flash_vae"]), data["statistics"]
         pixels = decode_from(vae, statistics, latents[:, : -settings.judged], latents[:, -settings.judged :])
         shown = as_shown(pixels, reference_picture(vae, statistics, rows.reference), rows.mel[:, -settings.judged :])
-        scores = {name: jnp.mean(score) for name, score in rewards.scores(data["rewards"], shown).items()}
-        return {"loss": -climbed(scores, settings.weights)} | scores, rows.latents, latents
+        scores = score_metrics(rewards.scores(data["rewards"], shown), settings.weights)
+        return {"loss": -scores["worth"]} | scores, rows.latents, latents
 
     def sample(state: TrainState, path: Path) -> None:
         _, truth, generated = held_out(state.ema, data(), streams.windows())

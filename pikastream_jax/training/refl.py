@@ -16,6 +16,7 @@ from pikastream_jax.flash_vae import FlashVAE, KVCache
 from pikastream_jax.flash_vae.latents import LatentStatistics
 from pikastream_jax.nn.layers import Params
 from pikastream_jax.rewards import REWARDS, Rewards, Shown, canonical
+from pikastream_jax.rewards.scoring import worth
 from pikastream_jax.rewards.shown import MEL_PER_LATENT
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.settings import DiTSettings
@@ -122,7 +123,7 @@ def as_shown(pixels: Float[Array, "b t h w 3"], reference: Float[Array, "b h w 3
 def reward_loss(
     rewards: Rewards, params: dict[str, Params], shown: Shown, weights: RewardWeights, clip: float
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """ReFL's surrogate, whose gradient by the video is minus the clipped and weighted sum of the rewards', a row's share of it; and mean scores.
+    """ReFL's surrogate, whose gradient by the video is minus the clipped and weighted sum of the rewards', a row's share of it; and what `score_metrics` says.
 
     Args:
       clip: largest norm of one reward's gradient over one row.
@@ -130,9 +131,10 @@ def reward_loss(
     still = dataclasses.replace(shown, video=jax.lax.stop_gradient(shown.video))
     scores, direction = rewards.gradient(params, still, weights.used(), clip)
     loss = -jnp.sum(jax.lax.stop_gradient(direction) * shown.video) / shown.video.shape[0]
-    return loss, {name: jnp.mean(score) for name, score in scores.items()}
+    return loss, score_metrics(scores, weights)
 
 
-def climbed(scores: dict[str, Float[Array, ""]], weights: RewardWeights) -> Float[Array, ""]:
-    """The weighted sum of mean scores: what the stages with rewards raise."""
-    return sum(weight * scores[name] for name, weight in weights.used().items())
+def score_metrics(scores: dict[str, Float[Array, " b"]], weights: RewardWeights) -> dict[str, Float[Array, ""]]:
+    """Mean scores; and as `worth` the weighted sum of what they are worth, which is what the stages with rewards raise."""
+    total = sum(weight * jnp.mean(worth(scores[name])) for name, weight in weights.used().items())
+    return {name: jnp.mean(score) for name, score in scores.items()} | {"worth": total}

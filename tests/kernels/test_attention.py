@@ -219,6 +219,25 @@ def test_two_calls_are_one_softmax(part, fixed_slots, slots):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("t, a", [(5, 3), (4, 3), (3, 4)])
+@pytest.mark.parametrize("lengths", [None, [1, 2, 3]])
+def test_cudnn_gets_even_lengths_and_answers_the_same(monkeypatch, t, a, lengths):
+    """Its gradients refuse odd ones."""
+    plain = jax.nn.dot_product_attention
+
+    def stand_in(q, k, v, *, key_value_seq_lengths, implementation):
+        assert implementation == "cudnn" and not (q.shape[1] % 2 or k.shape[1] % 2 or v.shape[1] % 2)
+        return plain(q, k, v, key_value_seq_lengths=key_value_seq_lengths, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(3, length, 2, 8)), jnp.float16) for length in (t, a, a))
+    valid = None if lengths is None else jnp.array(lengths)
+    group = _cudnn.attend_groups(q, k, v, valid)
+    frame = frame_attention(q[None], k[None], v[None], valid=None if valid is None else valid[None], impl="xla")[0]
+    np.testing.assert_allclose(group.astype(jnp.float32), frame.astype(jnp.float32), atol=4e-3)
+
+
 def test_on_cuda_auto_is_cudnn_where_it_takes_the_arrays(monkeypatch):
     """Programs for CUDA, as they are chosen where a device is present; the call itself is marked by a cosine."""
     monkeypatch.setattr(_common, "cuda_present", lambda: True)

@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pikastream_jax.nn.layers import functional, parameter_count
 from pikastream_jax.rewards import REWARDS, Rewards, Shown
 from pikastream_jax.rewards.network import Calibration
+from pikastream_jax.rewards.scoring import worth
 from pikastream_jax.training.refl import load_rewards
 from pikastream_jax.weights import safetensors_io
 from tests.small import randomised, small_config
@@ -38,20 +41,24 @@ class Linear(nnx.Module):
 
 
 def test_gradients_are_clipped_one_by_one_and_weighted():
-    """By hand. Clip 0: rewards' slopes 3 and -0.5, times its reference 2: 6, clipped to 1.5, and -1. Clip 1: times 0.1: 0.3 and -0.05."""
+    """By hand. Clip 0: rewards' slopes 3 and -0.5, times its reference 2: 6, clipped to 1.5, and -1. Clip 1: times 0.1: 0.3 and -0.05.
+
+    Pixels of -0.6 and 0.5: the steep scores are -3.6 and 0.15, the flat ones 0.6 and -0.025, and what is above 0 fades by as much.
+    """
     shown = shown_clips()
+    shown = dataclasses.replace(shown, video=shown.video.at[:, 0, 0, 0, 0].set(jnp.array([-0.6, 0.5])))
     shown = dataclasses.replace(shown, reference=shown.reference.at[:, 0, 0, 0].set(jnp.array([2.0, 0.1])))
     rewards = Rewards({"steep": functional(lambda rngs: Linear(3.0)), "flat": functional(lambda rngs: Linear(-0.5))})
     params = {"steep": {"slope": jnp.asarray(3.0)}, "flat": {"slope": jnp.asarray(-0.5)}}
     scores, cotangent = rewards.gradient(params, shown, {"steep": 1.0, "flat": 2.0}, clip=1.5)
     pixel = np.asarray(shown.video[:, 0, 0, 0, 0])
     np.testing.assert_allclose(scores["steep"], [6.0 * pixel[0], 0.3 * pixel[1]], rtol=1e-5)
-    np.testing.assert_allclose(cotangent[:, 0, 0, 0, 0], [1.5 + 2 * -1.0, 0.3 + 2 * -0.05], rtol=1e-5)
-    assert float(jnp.abs(cotangent).sum()) == pytest.approx(0.5 + 0.2, rel=1e-5), "and no other pixel is asked to change"
+    np.testing.assert_allclose(cotangent[:, 0, 0, 0, 0], [1.5 + 2 * 0.4 * -1.0, 0.85 * 0.3 + 2 * -0.05], rtol=1e-5)
+    assert float(jnp.abs(cotangent).sum()) == pytest.approx(0.7 + 0.155, rel=1e-5), "and no other pixel is asked to change"
 
     scored, only_flat = rewards.gradient(params, shown, {"flat": 1.0}, clip=1.5)
     assert scored.keys() == {"steep", "flat"}
-    np.testing.assert_allclose(only_flat[:, 0, 0, 0, 0], [-1.0, -0.05], rtol=1e-5)
+    np.testing.assert_allclose(only_flat[:, 0, 0, 0, 0], [0.4 * -1.0, -0.05], rtol=1e-5)
     # ReFL's loss moves the video along the cotangent.
     loss = jax.grad(lambda video: -jnp.sum(jax.lax.stop_gradient(cotangent) * video))(shown.video)
     np.testing.assert_allclose(loss, -cotangent)
@@ -74,7 +81,16 @@ def test_every_reward_scores_and_can_be_climbed(real):
     assert cotangent.shape == shown.video.shape and jnp.isfinite(cotangent).all()
     length = 0.1 / jnp.sqrt(jnp.sum(cotangent**2))
     higher, _ = climb(params, dataclasses.replace(shown, video=shown.video + length * cotangent))
-    assert sum(higher.values()).sum() > sum(scores.values()).sum()
+    assert sum(map(worth, higher.values())).sum() > sum(map(worth, scores.values())).sum()
+
+
+@settings(deadline=None)
+@given(st.floats(-5, 5), st.floats(0, 2))
+def test_a_score_is_worth_itself_until_it_is_that_of_true_clips(score, more):
+    value, slope = jax.value_and_grad(worth)(score)
+    assert worth(score + more) >= value - 1e-6, "more is never worth less"
+    assert slope == pytest.approx(min(1.0, max(0.0, 1.0 - score)), abs=1e-6)
+    assert value == pytest.approx(score) if score <= 0 else value <= 0.5
 
 
 def test_calibration_is_stored_and_learns_nothing():

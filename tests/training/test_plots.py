@@ -19,6 +19,22 @@ def test_plot_draws_a_picture(tmp_path):
     assert image.size[0] > 400 and len(image.convert("RGB").getcolors(1 << 20)) > 10
 
 
+def test_an_overview_has_a_panel_for_every_run(tmp_path, monkeypatch):
+    for run in ("low", "high"):
+        (tmp_path / run).mkdir()
+        metrics = MetricsFile(tmp_path / run / "metrics.jsonl", 0)
+        for step, loss in ((20, 9.0), (100, 1.5)):
+            metrics.append(step, "train", {"loss": loss, "psnr": 20 - loss})
+        metrics.close()
+    sizes = []
+    for runs in (["low"], ["low", "high"]):
+        out = tmp_path / f"{len(runs)}.png"
+        monkeypatch.setattr("sys.argv", ["plots", *(str(tmp_path / run) for run in runs), "--out", str(out)])
+        assert plots.main() == 0
+        sizes.append(Image.open(out).size)
+    assert sizes[1][0] == 2 * sizes[0][0] and not (tmp_path / "low" / "loss.png").exists()
+
+
 def test_plot_says_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no metrics.jsonl"):
         plots.plot(tmp_path)

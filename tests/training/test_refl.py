@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pikastream_jax.rewards import Rewards, Shown
-from pikastream_jax.training.refl import RewardWeights, as_shown, climbed, decode_from, reference_picture, reward_loss
+from pikastream_jax.training.refl import RewardWeights, as_shown, decode_from, reference_picture, reward_loss
 from tests.small import small_config, small_models
 
 CONFIG = small_config()
@@ -40,7 +40,8 @@ def test_the_surrogate_climbs_a_linear_reward():
     """video = 2 x: the gradient by x is -2 (weight x w clipped to length 0.5, summed), a row's share of it."""
     w = [jnp.asarray(RNG.normal(size=(4, 128, 128, 3)), jnp.float32) for _ in range(2)]
     rewards, params = Linear(*w), {"identity": 1.0, "motion": 1e-4}
-    x = jnp.asarray(RNG.normal(size=(2, 4, 128, 128, 3)), jnp.float32)
+    # The first clip is worse than true ones by both rewards. The second is better, and nothing more is asked of it.
+    x = jnp.stack([-(w[0] + w[1]), w[0] + w[1]])
     weights = RewardWeights(identity=3.0, lip_sync=0.0, motion=1.0, artifact=0.0)
 
     def loss(x):
@@ -50,9 +51,10 @@ def test_the_surrogate_climbs_a_linear_reward():
     length = np.linalg.norm(w[0])
     assert length > 0.5 > 1e-4 * np.linalg.norm(w[1]), "one is clipped, the other is not"
     expected = -2.0 * (3.0 * 0.5 * w[0] / length + 1e-4 * w[1]) / 2
-    np.testing.assert_allclose(gradient, np.stack([expected] * 2), rtol=1e-4, atol=1e-8)
+    np.testing.assert_allclose(gradient, np.stack([expected, 0.0 * expected]), rtol=1e-4, atol=1e-8)
     assert scores["identity"] == pytest.approx(float(jnp.mean(jnp.einsum("bthwc,thwc->b", 2 * x, w[0]))), rel=1e-4)
-    assert climbed(scores, weights) == pytest.approx(float(3 * scores["identity"] + scores["motion"]))
+    values = {name: p * jnp.einsum("bthwc,thwc->b", 2 * x, w) for (name, p), w in zip(params.items(), w, strict=True)}
+    assert scores["worth"] == pytest.approx(float(3 * (values["identity"][0] + 0.5) + values["motion"][0] + 0.5) / 2, rel=1e-4)
 
 
 def test_pixels_are_those_of_the_stream_and_the_past_gets_no_gradient():
