@@ -379,9 +379,9 @@ def load_clip_record(folder: Path, length: int) -> tuple[Tokenizer, LatentStatis
     Args:
       length: tokens of a prompt.
     """
+    tokenizer = Tokenizer(read_record(folder)["made_with"]["words"], length)
     constants = read_constants(folder)
-    statistics = LatentStatistics(constants["statistics.mean"], constants["statistics.std"])
-    return Tokenizer(read_record(folder)["made_with"]["words"], length), statistics
+    return tokenizer, LatentStatistics(constants["statistics.mean"], constants["statistics.std"])
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def restore_into(abstract: Mapping[str | int, Any], loaded: Mapping[str | int, A
         raise ValueError(
             f"the weights do not fit the model ({len(problems)} problems): "
             + "; ".join(problems[:_NAMED])
-            + ("; ..." if len(problems) > _NAMED else "")
+            + (f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else "")
             + ". Use the configuration that the weights were trained with."
         )
 
