@@ -96,7 +96,7 @@ def worth(score: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """What a score counts for where rewards are climbed: itself up to 0, the mean of true clips, then less and less, and from 1 on no more.
 
     A clip that a reward finds better than true clips has found the reward's weakness: climbed without an end, the reward of artifacts was
-    answered with a chequered pattern over the whole picture that scored 5 standard deviations above true clips.
+    answered with a chequered pattern over the whole picture (docs/rewards.md).
     """
     above = jnp.clip(score, 0.0, 1.0)
     return jnp.minimum(score, 1.0) - 0.5 * above**2

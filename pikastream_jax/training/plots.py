@@ -48,13 +48,13 @@ def overview(run_dirs: Sequence[str | Path], picture: Path) -> None:
     Raises:
       FileNotFoundError, ValueError: as `plot`.
     """
-    losses = {Path(run_dir).name: _curves(run_dir)["loss"] for run_dir in run_dirs}
+    losses = [(Path(run_dir).name, _curves(run_dir)["loss"]) for run_dir in run_dirs]
     columns = min(_COLUMNS, len(losses))
     rows = -(-len(losses) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.4 * rows), squeeze=False)
     for axis in axes.flat[len(losses) :]:
         axis.set_axis_off()
-    for axis, (name, kinds) in zip(axes.flat, losses.items(), strict=False):
+    for axis, (name, kinds) in zip(axes.flat, losses, strict=False):
         _draw(axis, kinds)
         axis.set_title(name, fontsize=9)
         axis.tick_params(labelsize=7)

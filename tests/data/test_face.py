@@ -225,3 +225,10 @@ def test_presentation_names(people):
     man = replace(one, presentation=jnp.float32(1), age=jnp.float32(0.9))
     assert face.presentation_name(man) == "older man"
     assert face.presentation_name(replace(man, presentation=jnp.float32(0), age=jnp.float32(0.2))) == "woman"
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_renders_are_mapped_alike_one_by_one_and_in_batches(monkeypatch, backend):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    xs = {"a": jnp.arange(70.0), "b": jnp.ones((70, 2))}
+    np.testing.assert_array_equal(face.map_renders(lambda x: x["a"] + x["b"].sum(), xs), np.arange(70) + 2.0)

@@ -20,14 +20,14 @@ def test_plot_draws_a_picture(tmp_path):
 
 
 def test_an_overview_has_a_panel_for_every_run(tmp_path, monkeypatch):
-    for run in ("low", "high"):
-        (tmp_path / run).mkdir()
+    for run in ("low", "other/low"):
+        (tmp_path / run).mkdir(parents=True)
         metrics = MetricsFile(tmp_path / run / "metrics.jsonl", 0)
         for step, loss in ((20, 9.0), (100, 1.5)):
             metrics.append(step, "train", {"loss": loss, "psnr": 20 - loss})
         metrics.close()
     sizes = []
-    for runs in (["low"], ["low", "high"]):
+    for runs in (["low"], ["low", "other/low"]):
         out = tmp_path / f"{len(runs)}.png"
         monkeypatch.setattr("sys.argv", ["plots", *(str(tmp_path / run) for run in runs), "--out", str(out)])
         assert plots.main() == 0
