@@ -196,13 +196,22 @@ def clip_maker(
     def make(split: str, first: int, count: int) -> Iterator[dict[str, np.ndarray]]:
         starts = corpus.starts(split, latent_frames, config.audio.mel_frames)
         split_seed = zlib.crc32(split.encode())
-        for begin in range(first, first + count, batch):
+
+        def group(begin: int):
             # The last group is filled up with clips that are thrown away, so that one program is compiled.
             rngs = [np.random.default_rng([seed, split_seed, number]) for number in range(begin, begin + batch)]
             start = np.array([rng.choice(starts) for rng in rngs])
             change = np.array([_change(rng, latent_frames) for rng in rngs])
             keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(jnp.asarray([rng.integers(2**31) for rng in rngs]))
-            drawn, identities, *styles = jax.device_get(draw(params, keys, start, change))
+            return rngs, start, change, draw(params, keys, start, change)
+
+        # While captions are written for one group, the device draws the next.
+        coming = group(first)
+        for begin in range(first, first + count, batch):
+            rngs, start, change, drawing = coming
+            if begin + batch < first + count:
+                coming = group(begin + batch)
+            drawn, identities, *styles = jax.device_get(drawing)
             for row in range(min(batch, first + count - begin)):
                 clip, identity, *manners = jax.tree.map(lambda leaf, row=row: leaf[row], (drawn, identities, *styles))
                 changes = change[row] < latent_frames
@@ -254,9 +263,24 @@ def quality(measures: Float[np.ndarray, "n m"]) -> Float[np.ndarray, "n"]:
     return (np.min(ranks, axis=0) / len(measures)).astype(np.float32)
 
 
-def conclude(open_split: Callable[[str], Records]) -> dict[str, np.ndarray]:
-    """What belongs to all clips together, measured on the training clips; see `load_clip_record` and `windows`."""
+def conclude(open_split: Callable[[str], Records], statistics: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+    """What belongs to all clips together, measured on the training clips; see `load_clip_record` and `windows`.
+
+    Args:
+      statistics: of the latents, where others than these clips' own shall hold; see `statistics_of`.
+    """
     records = open_split("train")
+    stacked = records.stacked("truth", "measures")
+    fitted = fit_innovations(stacked["truth"])
+    return {
+        **(statistics or _latent_statistics(records)),
+        "quality": quality(stacked["measures"]),
+        **{f"innovations.{field.name}": np.asarray(getattr(fitted, field.name)) for field in dataclasses.fields(Innovations)},
+    }
+
+
+def _latent_statistics(records: Records) -> dict[str, np.ndarray]:
+    """Mean and standard deviation of every channel."""
     total, squares, count = 0.0, 0.0, 0
     for number in range(len(records)):
         latents = records[number]["latents"]
@@ -264,13 +288,9 @@ def conclude(open_split: Callable[[str], Records]) -> dict[str, np.ndarray]:
         total, squares, count = total + flat.sum(axis=0), squares + (flat**2).sum(axis=0), count + len(flat)
     mean = total / count
     deviation = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
-    stacked = records.stacked("truth", "measures")
-    fitted = fit_innovations(stacked["truth"])
     return {
         "statistics.mean": mean.astype(np.float32),
         "statistics.std": np.where(deviation > 1e-3, deviation, 1.0).astype(np.float32),  # a dead channel stays as it is
-        "quality": quality(stacked["measures"]),
-        **{f"innovations.{field.name}": np.asarray(getattr(fitted, field.name)) for field in dataclasses.fields(Innovations)},
     }
 
 
@@ -326,7 +346,7 @@ def main() -> int:
             "speech": digest(corpus.mel, corpus.tracks),
             "words": tokenizer.words,
         }
-        kept = {}
+        kept = None
         if arguments.like is not None:
             kept = statistics_of(arguments.like, config)
             made_with["statistics"] = digest(*kept.values())
@@ -341,7 +361,7 @@ def main() -> int:
                 made += 1
                 yield clip
 
-        write_records(folder, plan, counted, lambda open_split: conclude(open_split) | kept)
+        write_records(folder, plan, counted, lambda open_split: conclude(open_split, kept))
     except (ValueError, OSError) as error:
         print(f"clips: {error}", file=sys.stderr)
         return 1

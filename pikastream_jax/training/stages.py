@@ -65,7 +65,7 @@ STAGES = {
         _PACKAGE + "vae_adversarial", needs={"flash_vae": ("vae_streaming",)}, takes={"face_reader": ("face_reader",)}
     ),
     "vae_conv3d": Entry(_PACKAGE + "vae_conv3d", needs={"flash_vae": ("vae_streaming",)}),
-    "audio_pretrain": Entry(_PACKAGE + "audio_pretrain"),
+    "audio_pretrain": Entry(_PACKAGE + "audio_pretrain", takes={"audio": ()}),
     "text_pretrain": Entry(_PACKAGE + "text_pretrain", needs={"clips": ("clips",)}),
     "latent_reader": Entry(_PACKAGE + "latent_reader", needs={"clips": ("clips",)}),
     "face_estimator": Entry(_PACKAGE + "face_estimator"),

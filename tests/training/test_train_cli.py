@@ -93,7 +93,7 @@ def test_the_settings_of_a_preset_are_the_stage_s_own_where_it_says_nothing():
         (["toy", "--cpu-devices", "0"], "--cpu-devices 0 must be at least 1"),
         (["dit_causal", "--init", "clips=.", "--runs", "nowhere"], "dit_causal needs flash_vae, and nowhere has no vae_adversarial or vae_streaming: train that first, or give --init flash_vae=PATH"),
         (["dit_causal", "--runs", "nowhere"], "dit_causal needs clips, and nowhere has no clips"),
-        (["audio_pretrain", "--init", "denoiser=."], "audio_pretrain takes no --init denoiser; it takes none"),
+        (["audio_pretrain", "--init", "denoiser=."], "audio_pretrain takes no --init denoiser; it takes audio"),
         (["dit_pretrain", "--init", "clips=.", "flash_vae=.", "reader=.", "denoizer=."], "dit_pretrain takes no --init denoizer"),
         (["toy", "--updates", "0"], "updates 0 must be at least 1"),
         (["toy", "--learning-rate", "-1"], "learning_rate must be above 0, got -1"),
