@@ -1,6 +1,5 @@
 """Streams of several people side by side, as the rows of one state: what takes minutes for one takes hardly longer for eight."""
 
-import dataclasses
 import time
 from collections.abc import Sequence
 
@@ -13,22 +12,7 @@ from pikastream_jax.audio.slices import chunk_sample_counts, max_chunk_samples
 from pikastream_jax.dit.model import KeysValues
 from pikastream_jax.measuring.estimator import Estimator, Reading
 from pikastream_jax.streaming.generator import Generator
-from pikastream_jax.streaming.state import StepInputs, StreamState, install_prompt, install_reference
-
-_LAYERS_FIRST = ("dit_k", "dit_v", "text", "vae")  # fields whose arrays are [layers, b, ...]; their counts are [b]
-
-
-def joined(states: Sequence[StreamState]) -> StreamState:
-    """Streams as the rows of one state, in their order."""
-    return StreamState(
-        **{
-            field.name: jax.tree.map(
-                lambda *leaves, first=field.name in _LAYERS_FIRST: jnp.concatenate(leaves, axis=1 if first and leaves[0].ndim > 2 else 0),
-                *[getattr(state, field.name) for state in states],
-            )
-            for field in dataclasses.fields(StreamState)
-        }
-    )
+from pikastream_jax.streaming.state import StepInputs, install_prompt, install_reference, join_rows
 
 
 class BatchStream:
@@ -48,7 +32,7 @@ class BatchStream:
             generator.start(generator.encode_reference(image)[0], generator.encode_prompt(prompt), seed)
             for image, prompt, seed in zip(images, prompts, seeds, strict=True)
         ]
-        self._state = joined(starts)
+        self._state = join_rows(starts)
 
     def step(self, audio: Float[np.ndarray, "b n"]) -> UInt8[np.ndarray, "b t h w 3"]:
         """The next chunk of everybody's sound -> frames; t = 0 while the first ones are in flight, as in `Session.step`.

@@ -33,6 +33,7 @@ from pikastream_jax.serving.pipeline import Generator, Pipeline
 from pikastream_jax.serving.rtp import RtpOutput, parse_destination
 from pikastream_jax.serving.timeline import frame_count
 
+DEFAULT = "127.0.0.1:8080"  # of --listen
 MIN_SIZE, MAX_SIZE = 32, 2160  # pixels
 MAX_FPS = 120
 INTERRUPTED = 130  # the shell's number for Ctrl-C
@@ -43,10 +44,23 @@ class Options:
     """Speech and one picture in, a talking face out.
 
     Example: serve.py --audio speech.wav --image face.png --prompt "a woman smiling" | ffplay -
+    Live, for browsers: serve.py --listen
     """
 
-    audio: str
+    audio: str | None = None
     """speech: WAV, FLAC, OGG, MP3, M4A, ...; - is standard input as it arrives (WAV, or raw 16-bit mono PCM)"""
+    listen: str | None = None
+    """instead of --audio: serve live sessions at HOST:PORT (127.0.0.1:8080 where none is named; any other host needs a token in PIKASTREAM_TOKEN)"""
+    sessions: int | None = None
+    """most live sessions (default: as many as this machine serves in real time)"""
+    rows: int = 1
+    """live sessions made together in one step; more than 1 pays on a GPU"""
+    origin: tuple[str, ...] = ()
+    """other sites whose pages may use the live service, such as https://example.org"""
+    label: bool = True
+    """whether live pictures say that they are generated"""
+    numbers: bool = False
+    """whether live pictures carry their number in their upper edge, to measure latency"""
     image: Path | None = None
     """picture of the face to show; the largest middle part of the model's shape is used (a square for the shipped model)"""
     avatar: str | None = None
@@ -82,6 +96,10 @@ class Options:
     """of weights and products: float32, bfloat16 or float8; the lower ones are for GPUs (default: the model's)"""
 
     def __post_init__(self):
+        if (self.audio is None) == (self.listen is None):
+            raise ServeError("give --audio FILE for one stream, or --listen for live sessions" + ("" if self.audio is None else ", not both"))
+        if self.sessions is not None and self.sessions < 1 or self.rows < 1:
+            raise ServeError(f"--sessions {self.sessions} and --rows {self.rows} must be at least 1")
         if self.image is not None and self.avatar is not None:
             raise ServeError("give --image or --avatar, not both")
         if not 0 <= self.seed < 2**32:
@@ -121,6 +139,8 @@ def main(argv: Sequence[str] | None = None, load_generator: Callable[..., Genera
         except ServeError as error:
             return _say_error(error, 2)
         try:
+            if options.listen is not None:
+                return _listen(options)
             return serve(options, load_generator)
         except ServeError as error:
             return _say_error(error, 1)
@@ -136,6 +156,9 @@ def parse(argv: Sequence[str] | None) -> Options:
       SystemExit: help was asked for and given.
     """
     complaint = io.StringIO()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--listen" in argv and (argv[(after := argv.index("--listen") + 1) :] or ["--"])[0].startswith("--"):
+        argv.insert(after, DEFAULT)
     try:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(Options, args=argv, prog="serve.py", config=(tyro.conf.FlagCreatePairsOff,))
@@ -203,6 +226,16 @@ def serve(options: Options, load_generator: Callable[..., Generator] | None = No
     finally:
         output.discard()
     return _conclude(options, meter)
+
+
+def _listen(options: Options) -> int:
+    """Serves live sessions."""
+    from pikastream_jax.live.listen import ListenOptions, listen
+
+    asked = ListenOptions(
+        options.listen, options.weights, options.stream, options.sessions, options.rows, options.origin, options.label, options.numbers
+    )
+    return listen(asked, _say)
 
 
 def output_size(height: int, width: int, shorter: int | None) -> tuple[int, int]:

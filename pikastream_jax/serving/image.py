@@ -1,7 +1,9 @@
 """The reference picture: a file or a face of the gallery, as the pixels that the model takes."""
 
 import importlib.resources
+import io
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,38 +40,43 @@ def avatar_path(name: str | None) -> Path:
     return Path(str(_gallery() / f"{name}.png"))
 
 
-def load_image(path: Path) -> Image.Image:
-    """Decodes a picture of any kind: EXIF rotation applied, transparency on neutral grey, RGB.
+def load_image(path: Path | io.BytesIO, formats: Sequence[str] | None = None) -> Image.Image:
+    """Decodes a picture: EXIF rotation applied, transparency on neutral grey, RGB.
+
+    Args:
+      path: a file, or one that is open.
+      formats: what it may be, of Pillow's names; anything that Pillow reads by default.
 
     Raises:
       ServeError: it cannot be read, is no picture, or is too small or too large.
     """
+    name = path if isinstance(path, Path) else "upload"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
-            picture = Image.open(path)
+            picture = Image.open(path, formats=formats)
         with picture:
             width, height = picture.size
             if width * height > MAX_PIXELS:
                 raise ServeError(
-                    f"image {path} has {width}x{height} pixels; the limit is {MAX_PIXELS // 10**6} million, so shrink it"
+                    f"image {name} has {width}x{height} pixels; the limit is {MAX_PIXELS // 10**6} million, so shrink it"
                 )
             if min(width, height) < MIN_SIDE:
                 raise ServeError(
-                    f"image {path} has {width}x{height} pixels; each side needs at least {MIN_SIDE}, so give a larger one"
+                    f"image {name} has {width}x{height} pixels; each side needs at least {MIN_SIDE}, so give a larger one"
                 )
             image = ImageOps.exif_transpose(picture)
             image.load()
     except Image.DecompressionBombError as error:
-        raise ServeError(f"image {path} has far more than {MAX_PIXELS // 10**6} million pixels; shrink it") from error
+        raise ServeError(f"image {name} has far more than {MAX_PIXELS // 10**6} million pixels; shrink it") from error
     except Image.UnidentifiedImageError as error:
-        raise ServeError(f"{path} is not an image; give PNG, JPEG or WebP") from error
+        raise ServeError(f"{name} is not an image; give PNG, JPEG or WebP") from error
     except FileNotFoundError as error:
-        raise ServeError(f"cannot read image {path}: {error.strerror}") from error
+        raise ServeError(f"cannot read image {name}: {error.strerror}") from error
     except IsADirectoryError as error:
-        raise ServeError(f"image {path} is a directory; give a file") from error
+        raise ServeError(f"image {name} is a directory; give a file") from error
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's decoders raise all three on damaged files
-        raise ServeError(f"cannot read image {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise ServeError(f"cannot read image {name}: {getattr(error, 'strerror', None) or error}") from error
     if image.mode.startswith(("I", "F")):  # 16-bit grey, which Pillow would clip instead of scale
         levels = np.asarray(image, np.float32)
         image = Image.fromarray((levels / max(255.0, float(levels.max())) * 255).astype(np.uint8))

@@ -5,6 +5,7 @@ batch row: rows may belong to different sessions.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,43 @@ def init_state(config: Config, batch: int) -> StreamState:
         chunk_count=count(),
         rng=jnp.zeros((batch, 2), jnp.uint32),
     )
+
+
+_LAYERS_FIRST = ("dit_k", "dit_v", "text", "vae")  # fields whose arrays are [layers, b, ...]; their counts are [b]
+
+
+def _row_axis(field: str, leaf: Array) -> int:
+    return 1 if field in _LAYERS_FIRST and leaf.ndim > 2 else 0
+
+
+def join_rows(states: Sequence[StreamState]) -> StreamState:
+    """Streams as the rows of one state, in their order."""
+    return StreamState(
+        **{
+            field.name: jax.tree.map(
+                lambda *leaves, name=field.name: jnp.concatenate(leaves, axis=_row_axis(name, leaves[0])),
+                *[getattr(state, field.name) for state in states],
+            )
+            for field in dataclasses.fields(StreamState)
+        }
+    )
+
+
+def split_rows(state: StreamState) -> tuple[StreamState, ...]:
+    """The streams of a state, one row each: what `join_rows` joined."""
+
+    def row(index: int) -> StreamState:
+        return StreamState(
+            **{
+                field.name: jax.tree.map(
+                    lambda leaf, name=field.name: jax.lax.slice_in_dim(leaf, index, index + 1, axis=_row_axis(name, leaf)),
+                    getattr(state, field.name),
+                )
+                for field in dataclasses.fields(StreamState)
+            }
+        )
+
+    return tuple(row(index) for index in range(state.chunk_count.shape[0]))
 
 
 def install_reference(state: StreamState, reference: KeysValues) -> StreamState:

@@ -1,0 +1,219 @@
+"""Sessions over a model that is made up: order, clock, interruption, swaps, admission, failure."""
+
+import asyncio
+import time
+
+import numpy as np
+import pytest
+from fake_model import FakeModel, picture
+
+from pikastream_jax.live.engine import Engine, EngineFull
+
+
+@pytest.fixture
+def engine_of():
+    engines = []
+
+    def make(model, **more):
+        engines.append(Engine(model, **more))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+async def collect(session, seconds, then=None):
+    """Frames of so many seconds, with the moments at which they came."""
+    found = []
+
+    async def take():
+        async for frame in session.frames():
+            found.append((time.monotonic(), frame))
+
+    task = asyncio.create_task(take())
+    if then is not None:
+        await then()
+    await asyncio.sleep(seconds)
+    task.cancel()
+    return found
+
+
+def loud(seconds=1.0, rate=16_000):
+    return np.full(round(seconds * rate), 0.5, np.float32)
+
+
+def test_frames_leave_at_their_moments_and_the_face_listens_in_silence(engine_of):
+    session = engine_of(FakeModel()).open(picture(7), "calm")
+    found = asyncio.run(collect(session, 1.0))
+    assert len(found) >= 20
+    frames = [frame for _, frame in found]
+    assert [frame.number for frame in frames] == list(range(len(frames)))
+    assert all(tuple(frame.picture[0, 0]) == (7, 4, 0) and len(frame.sound) == 1920 and not frame.sound.any() for frame in frames)
+    late = np.array([came - frame.at for came, frame in found])
+    assert (late >= 0).all() and np.median(late) < 0.02
+    assert np.allclose(np.diff([frame.at for frame in frames]), 0.04, atol=1e-6)
+    assert session.figures.late_frames == 0
+
+
+def test_speech_is_heard_with_its_lips_and_its_end_is_marked(engine_of):
+    session = engine_of(FakeModel()).open(picture(7))
+
+    async def speak():
+        await session.push_audio(loud(0.4), 16_000)
+        await session.end_utterance()
+
+    frames = [frame for _, frame in asyncio.run(collect(session, 1.0, speak))]
+    spoken = [n for n, frame in enumerate(frames) if frame.spoken]
+    assert spoken == list(range(spoken[0], spoken[0] + 10)), "0.4 s in one piece"
+    assert [n for n, frame in enumerate(frames) if frame.ends] == [spoken[-1]]
+    assert all(frame.picture[0, 0, 2] > 100 for frame in frames[spoken[0] : spoken[0] + 4]), "lips and sound in the same chunk"
+    assert spoken[0] <= 8, "a chunk that had begun, and the next"
+    assert sum(frame.spoken for frame in frames) == 19_200
+
+
+def test_interrupted_it_is_silent_at_once_and_says_what_was_played(engine_of):
+    session = engine_of(FakeModel()).open(picture(7))
+    cut = {}
+
+    async def speak():
+        await session.push_audio(loud(5.0), 16_000)
+        await session.end_utterance()
+        await asyncio.sleep(0.6)
+        cut["at"], cut["what"] = time.monotonic(), await session.interrupt()
+
+    found = asyncio.run(collect(session, 0.6, speak))
+    before = sum(frame.spoken for came, frame in found if came < cut["at"])
+    after = [frame for came, frame in found if came > cut["at"] + 0.01]
+    assert len(after) >= 10, "the face goes on"
+    assert not any(frame.sound[480:].any() for frame in after), "but for a fade of 5 ms"
+    assert cut["what"].played == pytest.approx(before / 48_000)
+    assert cut["what"].played + cut["what"].dropped == pytest.approx(5.0, abs=0.01)
+    numbers = [frame.number for _, frame in found]
+    assert numbers == list(range(len(numbers))), "no picture is missing"
+
+
+def test_prompt_and_face_change_between_two_chunks_and_nothing_is_late(engine_of):
+    engine = engine_of(FakeModel(seconds=0.02))
+    session = engine.open(picture(7), "calm")
+    moments = {}
+
+    async def change():
+        await asyncio.sleep(0.3)
+        moments["prompt"] = await session.set_prompt("a laugh")
+        moments["face"] = await session.set_reference(picture(9))
+        with pytest.raises(ValueError, match="resize it first"):
+            await session.set_reference(np.zeros((8, 8, 3), np.uint8))
+
+    frames = [frame for _, frame in asyncio.run(collect(session, 0.5, change))]
+    for name, channel, before, after in (("prompt", 1, 4, 7), ("face", 0, 7, 9)):
+        assert moments[name] > 0 and round(moments[name] * 25) % 4 == 0
+        for frame in frames:
+            assert frame.picture[0, 0, channel] == (before if frame.media_time < moments[name] - 1e-6 else after)
+    assert session.figures.late_frames == 0
+
+
+def test_the_most_urgent_first_and_no_more_than_can_be_served(engine_of):
+    model = FakeModel(seconds=0.05)  # of 0.16 s: two fit into 85%
+    engine = engine_of(model)
+    assert engine.capacity == 2
+    sessions = [engine.open(picture(face)) for face in (1, 2)]
+    with pytest.raises(EngineFull, match="2 sessions are served and 2 is the most: a step takes"):
+        engine.open(picture(3))
+
+    async def both():
+        return await asyncio.gather(*(collect(session, 1.2) for session in sessions))
+
+    found = asyncio.run(both())
+    for face, frames in zip((1, 2), found, strict=True):
+        assert len(frames) >= 20 and all(frame.picture[0, 0, 0] == face for _, frame in frames)
+    assert sum(session.figures.late_frames for session in sessions) <= 4
+    asyncio.run(sessions[0].close())
+    engine.open(picture(3))
+
+
+def test_chunks_of_several_sessions_are_made_in_one_step(engine_of):
+    model = FakeModel(seconds=0.05, rows=2)
+    engine = engine_of(model)
+    sessions = [engine.open(picture(face)) for face in (1, 2)]
+
+    async def both():
+        return await asyncio.gather(*(collect(session, 0.8) for session in sessions))
+
+    asyncio.run(both())
+    assert sum(len(step) == 2 for step in model.steps[10:]) >= 3
+
+
+def test_after_a_stall_the_stream_is_moved_and_lags_no_more(engine_of):
+    model = FakeModel()
+    session = engine_of(model).open(picture(7))
+
+    async def stall():
+        await asyncio.sleep(0.3)
+        model.seconds = 0.5
+        await asyncio.sleep(0.2)
+        model.seconds = 0.0
+        await asyncio.sleep(0.6)
+        await session.push_audio(loud(0.16), 16_000)
+        await session.end_utterance()
+        moment["pushed"] = time.monotonic()
+
+    moment = {}
+    found = asyncio.run(collect(session, 0.6, stall))
+    assert session.figures.late_frames and session.figures.stalled > 0.2
+    first = next(came for came, frame in found if frame.spoken)
+    assert first - moment["pushed"] < 0.16 + session.latency + 0.05
+    assert [frame.number for _, frame in found] == list(range(len(found)))
+
+
+def test_a_taker_who_sleeps_loses_the_oldest(engine_of):
+    session = engine_of(FakeModel()).open(picture(7))
+
+    async def slow():
+        numbers = []
+        async for frame in session.frames():
+            numbers.append(frame.number)
+            if len(numbers) == 1:
+                await asyncio.sleep(2.5)
+            if len(numbers) > 20:
+                return numbers
+
+    numbers = asyncio.run(slow())
+    assert session.figures.lost_frames >= 20
+    assert len(session._waiting) <= 1.2 * 25 + 8
+    assert numbers[1] > 20
+
+
+def test_a_failed_model_is_told_to_everybody(engine_of):
+    model = FakeModel()
+    engine = engine_of(model)
+    session = engine.open(picture(7))
+    model.fail_at = len(model.steps) + 3
+
+    async def take():
+        async for _ in session.frames():
+            pass
+
+    with pytest.raises(RuntimeError, match="the engine has failed: no numbers"):
+        asyncio.run(take())
+    with pytest.raises(RuntimeError, match="the engine has failed"):
+        engine.open(picture(7))
+
+
+def test_closed_sessions_end(engine_of):
+    engine = engine_of(FakeModel())
+    session = engine.open(picture(7))
+
+    async def run():
+        count = 0
+        async for _ in session.frames():
+            count += 1
+            if count == 3:
+                await session.close()
+        return count
+
+    assert asyncio.run(run()) == 3
+    assert engine.sessions == ()
+    engine.close()
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        engine.open(picture(7))
