@@ -89,6 +89,9 @@ def listen(options: ListenOptions, say: Callable[[str], None], model: LiveModel 
         say("warning: this machine is too slow for one session in real time; all will be refused (try --steps 2)")
 
     async def serve() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
         runner = web.AppRunner(application(engine, access, Limits(), label=options.label, numbers=options.numbers), access_log=None)
         await runner.setup()
         try:
@@ -98,9 +101,6 @@ def listen(options: ListenOptions, say: Callable[[str], None], model: LiveModel 
                 raise ServeError(f"cannot listen at {host}:{port}: {error.strerror}; choose another address") from error
             at = runner.addresses[0]
             say(f"listening at http://{at[0] if ':' not in at[0] else f'[{at[0]}]'}:{at[1]}/" + ("" if is_loopback(host) else "#token=..."))
-            stop = asyncio.Event()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                asyncio.get_running_loop().add_signal_handler(number, stop.set)
             await stop.wait()
         finally:
             await runner.cleanup()

@@ -228,3 +228,5 @@ $("ideas").replaceChildren(...IDEAS.map((idea) => {
   return button;
 }));
 drawAvatars().catch((error) => say(error.message));
+// For whoever drives the page from outside.
+window.pikastream = { get session() { return session; }, get peer() { return peer; } };
