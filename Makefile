@@ -1,6 +1,7 @@
 # make demo   a talking face from the shipped speech and avatar: talk.mp4
 # make test   the test suite
 # make parity the same models in PyTorch, and Wan's in diffusers, compared with ours
+# make browser  the live page in a headless Chromium, which the system has to have
 # make h200   the full-size programs compiled for an H200, without one (600 MB of compiler)
 # make lint   ruff
 # All of them work in .venv, which is made on the first call. PYTHON chooses the interpreter (3.11 or newer).
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SPEECH ?= $(firstword $(sort $(wildcard pikastream_jax/assets/speech/*.flac)))
 
-.PHONY: demo test parity h200 lint clean
+.PHONY: demo test browser parity h200 lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python serve.py --audio $(SPEECH) --output talk.mp4
@@ -21,6 +22,10 @@ test: $(VENV)/.installed-dev
 
 parity: $(VENV)/.installed-parity
 	$(BIN)/python -m pytest -q -m parity tests/parity
+
+browser: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[browser]"
+	$(BIN)/python -m pytest -q -m browser tests/live
 
 h200: $(VENV)/.installed-dev .cache/cuda/.installed
 	JAX_PLATFORMS=cpu PYTHONPATH=.cache/cuda $(BIN)/python -m pytest -q -m h200 tests/benchmarks

@@ -3,7 +3,7 @@ const $ = (id) => document.getElementById(id);
 const token = new URLSearchParams(location.hash.slice(1)).get("token");
 const IDEAS = ["smiling warmly", "with a neutral expression", "looking sad", "with the head tilted to the left", "looking up"];
 const CONNECTING = 8000; // ms after which another transport is tried, or another attempt made
-let session = null, peer = null, avatar = null, microphone = null, audioSocket = null, polling = null, wanted = false, attempt = 0;
+let session = null, peer = null, avatar = null, microphone = null, audioSocket = null, polling = null, wanted = false, attempt = 0, viewer = null;
 
 const address = (path) => token ? `${path}${path.includes("?") ? "&" : "?"}token=${encodeURIComponent(token)}` : path;
 const socketAddress = (path) => address(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}${path}`);
@@ -85,7 +85,8 @@ async function watch() {
     peer.addEventListener("icegatheringstatechange", () => peer.iceGatheringState === "complete" && resolve());
     setTimeout(resolve, 2000);
   });
-  const { sdp } = await sendJson(`/api/sessions/${session}/webrtc`, { type: "offer", sdp: peer.localDescription.sdp });
+  const { sdp, peer: name } = await sendJson(`/api/sessions/${session}/webrtc`, { type: "offer", sdp: peer.localDescription.sdp });
+  viewer = name;
   await peer.setRemoteDescription({ type: "answer", sdp });
   const answered = await Promise.race([connected, new Promise((resolve) => setTimeout(resolve, CONNECTING, false))]);
   if (number === attempt && !answered && wanted) { peer.close(); watchSocket(number); }
@@ -229,4 +230,4 @@ $("ideas").replaceChildren(...IDEAS.map((idea) => {
 }));
 drawAvatars().catch((error) => say(error.message));
 // For whoever drives the page from outside.
-window.pikastream = { get session() { return session; }, get peer() { return peer; } };
+window.pikastream = { get session() { return session; }, get viewer() { return viewer; } };

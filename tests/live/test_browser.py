@@ -1,0 +1,158 @@
+"""The page in a real browser (headless Chromium), against a server whose model is made up: `pytest -m browser`, or `make browser`."""
+
+import shutil
+import subprocess
+import sys
+import wave
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.browser
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+SERVER = """
+import sys
+sys.path[:0] = ["tests/live", "."]
+from fake_model import FakeModel
+from pikastream_jax.live.listen import ListenOptions, listen
+sys.exit(listen(ListenOptions("127.0.0.1:0", None, {}, sessions=1, numbers=True), lambda text: print(text, flush=True), FakeModel(seconds=0.01, size=256)))
+"""
+COLOUR = """() => {
+  const video = document.getElementById("video"), canvas = document.createElement("canvas");
+  canvas.width = canvas.height = 256;
+  const pen = canvas.getContext("2d");
+  pen.drawImage(video, 0, 0, 256, 256);
+  return [...pen.getImageData(128, 128, 1, 1).data].slice(0, 3);
+}"""
+WAIT = 20_000  # ms
+
+
+@pytest.fixture(scope="module")
+def address():
+    process = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    yield process.stdout.readline().split()[-1]
+    process.terminate()
+    process.wait(20)
+    process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no chromium is installed")
+    with playwright.sync_playwright() as runner:
+        flags = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required", "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]
+        one = runner.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield one
+        one.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    page = browser.new_page(bypass_csp=True)  # Playwright's waiting evaluates strings
+    complaints = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(address)
+    page.wait_for_selector("#avatars button")
+    yield page
+    if page.evaluate("!!pikastream.session"):
+        page.click("#connect")
+        page.wait_for_function("!pikastream.session", timeout=WAIT)
+    page.close()
+    assert not complaints
+
+
+def started(page):
+    page.click("#connect")
+    page.wait_for_function("document.getElementById('state').dataset.state === 'live' && document.getElementById('video').videoWidth === 256", timeout=WAIT)
+
+
+def speech(path, seconds):
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes((16_000 * np.sin(np.arange(round(seconds * 16_000)) * 0.2)).astype("<i2").tobytes())
+    return str(path)
+
+
+def report(page):
+    return page.evaluate("async () => (await fetch(`/api/sessions/${pikastream.session}`)).json()")
+
+
+def test_it_plays_speaks_and_is_interrupted(page, tmp_path):
+    started(page)
+    first = page.evaluate("document.getElementById('video').currentTime")
+    page.wait_for_function("(first) => document.getElementById('video').currentTime > first + 1", arg=first, timeout=WAIT)
+    assert page.evaluate(COLOUR)[2] < 40, "blue is loudness, and nobody speaks"
+    page.set_input_files("#voice", speech(tmp_path / "voice.wav", 8.0))
+    page.wait_for_function(f"({COLOUR})()[2] > 80", timeout=WAIT)
+    assert report(page)["speaking"]
+    page.click("#interrupt")
+    page.wait_for_function(f"({COLOUR})()[2] < 40", timeout=3_000)
+    assert not report(page)["speaking"]
+
+
+def test_face_and_prompt_change_while_it_plays(page, tmp_path):
+    started(page)
+    page.click("#avatars button:nth-child(3)")
+    page.fill("#prompt", "p" * 200)
+    page.click("#apply")
+    page.wait_for_function(f"({COLOUR})()[1] > 120", timeout=WAIT)  # green is the prompt's length
+    told = report(page)
+    assert told["prompt"] == "p" * 200 and told["avatar"] == page.get_attribute("#avatars button:nth-child(3)", "title")
+    assert told["figures"]["late_frames"] == 0
+
+
+def test_the_microphone_is_heard(page):
+    started(page)
+    page.click("#mic")  # Chromium's fake device beeps
+    page.wait_for_function(f"({COLOUR})()[2] > 20", timeout=WAIT)
+
+
+def test_a_lost_connection_comes_back(page):
+    started(page)
+    session = page.evaluate("pikastream.session")
+    page.evaluate("void fetch(`/api/sessions/${pikastream.session}/whep/${pikastream.viewer}`, { method: 'DELETE' })")  # the server hangs up
+    page.wait_for_function("document.getElementById('state').dataset.state === 'lost'", timeout=WAIT)
+    page.wait_for_function("document.getElementById('state').dataset.state === 'live'", timeout=WAIT)
+    assert page.evaluate("pikastream.session") == session
+    at = page.evaluate("document.getElementById('video').currentTime")
+    page.wait_for_function("(at) => document.getElementById('video').currentTime !== at", arg=at, timeout=WAIT)
+
+
+def test_without_udp_it_plays_over_the_websocket(page):
+    page.evaluate("RTCPeerConnection.prototype.setRemoteDescription = () => Promise.resolve()")
+    page.click("#connect")
+    page.wait_for_function("document.getElementById('state').textContent.includes('WebSocket')", timeout=WAIT)
+    page.wait_for_function("document.getElementById('video').currentTime > 0.5 && document.getElementById('video').videoWidth === 256", timeout=WAIT)
+    at = page.evaluate("document.getElementById('video').currentTime")
+    page.wait_for_function("(at) => document.getElementById('video').currentTime > at + 2", arg=at, timeout=WAIT)
+
+
+def test_the_one_too_many_is_told_why(page, browser, address):
+    started(page)
+    other = browser.new_page(bypass_csp=True)
+    other.goto(address)
+    other.wait_for_selector("#avatars button")
+    other.click("#connect")
+    other.wait_for_function("document.getElementById('message').textContent.includes('1 is the most')", timeout=WAIT)
+    assert other.get_attribute("#state", "data-state") == "idle"
+    other.close()
+
+
+def test_its_own_rules_do_not_hinder_it(browser, address):
+    page, complaints = browser.new_page(), []
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page.goto(address)
+    page.wait_for_selector("#avatars button")
+    page.click("#connect")
+    page.wait_for_timeout(3_000)
+    assert page.evaluate("document.getElementById('state').dataset.state") == "live"
+    page.click("#connect")
+    page.wait_for_timeout(500)
+    page.close()
+    assert not complaints
