@@ -5,6 +5,7 @@ files of their own, because Chromium takes of a file that holds both and a fragm
 """
 
 import asyncio
+from collections.abc import Sequence
 
 import av
 from aiohttp import WSMsgType, web
@@ -31,34 +32,44 @@ class _Pieces:
         return data
 
 
+def mux_streams(container: av.container.OutputContainer, kinds: Sequence[str], height: int, width: int, fps: int) -> dict[str, av.stream.Stream]:
+    """Streams of a container for packets that are encoded elsewhere; encoders of the same settings are opened for their headers alone."""
+    streams = {}
+    if "video" in kinds:
+        streams["video"] = video = container.add_stream("libx264", rate=fps, options={"profile": "baseline", "tune": "zerolatency", "preset": "superfast"})
+        video.height, video.width, video.pix_fmt = height, width, "yuv420p"
+    if "audio" in kinds:
+        streams["audio"] = audio = container.add_stream("libopus", rate=SOUND_RATE)
+        audio.layout, audio.format = "mono", "flt"
+    container.start_encoding()
+    return streams
+
+
+def timed(packet: Packet, stream: av.stream.Stream, start: float, fps: int) -> av.Packet:
+    """A packet for such a stream.
+
+    Args:
+      start: media time, in seconds, at which the file begins.
+    """
+    sent = av.Packet(packet.data)
+    sent.stream, sent.time_base = stream, packet.time_base
+    sent.pts = sent.dts = max(0, packet.pts - round(start / packet.time_base))
+    sent.duration = VIDEO_CLOCK // fps if packet.kind == "video" else SOUND_RATE // 50
+    sent.is_keyframe = packet.key
+    return sent
+
+
 class Fragments:
     """Packets of one kind as fragmented MP4."""
 
-    def __init__(self, kind: str, height: int = 0, width: int = 0, fps: int = 25):
-        self._pieces, self._kind = _Pieces(), kind
+    def __init__(self, kind: str, height: int, width: int, fps: int, start: float):
+        self._pieces, self._fps, self._start = _Pieces(), fps, start
         self._container = av.open(self._pieces, "w", format="mp4", options={"movflags": _FLAGS, "flush_packets": "1"})
-        # An encoder of the same settings is opened for its headers alone; what is muxed was encoded before.
-        if kind == "video":
-            self._stream = self._container.add_stream("libx264", rate=fps, options={"profile": "baseline", "tune": "zerolatency", "preset": "superfast"})
-            self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
-            self._duration = VIDEO_CLOCK // fps
-        else:
-            self._stream = self._container.add_stream("libopus", rate=SOUND_RATE)
-            self._stream.layout, self._stream.format = "mono", "flt"
-            self._duration = SOUND_RATE // 50
-        self._container.start_encoding()
+        self._stream = mux_streams(self._container, (kind,), height, width, fps)[kind]
 
-    def add(self, packet: Packet, start: int) -> bytes:
-        """The next piece.
-
-        Args:
-          start: time stamp, in the packet's clock, that the file begins with.
-        """
-        sent = av.Packet(packet.data)
-        sent.stream, sent.time_base = self._stream, packet.time_base
-        sent.pts = sent.dts = max(0, packet.pts - start)
-        sent.duration, sent.is_keyframe = self._duration, packet.key
-        self._container.mux(sent)
+    def add(self, packet: Packet) -> bytes:
+        """The next piece."""
+        self._container.mux(timed(packet, self._stream, self._start, self._fps))
         return self._pieces.take()
 
 
@@ -69,14 +80,12 @@ async def video_socket(request: web.Request, broadcast: Broadcast) -> web.WebSoc
 
     async def send() -> None:
         files: dict[str, Fragments] = {}
-        start = 0.0  # seconds of media time
         async for packet in broadcast.watch():
             if not files:
                 start = float(packet.pts * packet.time_base)
-                picture = packet.frame.picture
-                files = {"video": Fragments("video", *picture.shape[:2], broadcast.fps), "audio": Fragments("audio")}
-            piece = files[packet.kind].add(packet, round(start / packet.time_base))
-            await socket.send_bytes(bytes([packet.kind == "audio"]) + piece)
+                size = packet.frame.picture.shape[:2]
+                files = {kind: Fragments(kind, *size, broadcast.fps, start) for kind in ("video", "audio")}
+            await socket.send_bytes(bytes([packet.kind == "audio"]) + files[packet.kind].add(packet))
         await socket.close()
 
     sender = asyncio.create_task(send())

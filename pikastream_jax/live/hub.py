@@ -6,11 +6,13 @@ import dataclasses
 import io
 import secrets
 import time
+from pathlib import Path
 from typing import Any
 
 from pikastream_jax.live.engine import Engine, EngineFull
 from pikastream_jax.live.marks import Labeller, draw_number
 from pikastream_jax.live.media import Broadcast, FrameEncoder
+from pikastream_jax.live.record import record
 from pikastream_jax.live.session import Frame, LiveSession
 from pikastream_jax.serving.errors import ServeError
 from pikastream_jax.serving.image import avatar_names, avatar_path, load_image, reference_pixels
@@ -67,6 +69,7 @@ class Room:
         self.opened = self.watched = time.monotonic()
         self.broadcast = Broadcast(session, FrameEncoder(model.height, model.width, model.fps, mark), self._seen)
         self.peers: set[Any] = set()
+        self._recording: asyncio.Task | None = None
         self.utterances: list[Utterance] = []  # the last few
         self._speaks = False
 
@@ -84,17 +87,31 @@ class Room:
             "avatar": self.avatar,
             "prompt": self.prompt,
             "seed": self.seed,
-            "viewers": self.broadcast.viewers,
+            "viewers": self.watchers,
             "speaking": self._speaks,
             "age_seconds": round(time.monotonic() - self.opened, 1),
             "utterances": [dataclasses.asdict(utterance) for utterance in self.utterances],
             "figures": self.session.report(),
         }
 
+    def record(self, folder: Path) -> None:
+        """Keeps the session as a file of the folder, named by its time and the beginning of its name."""
+        path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{self.id[:6]}.mp4"
+        about = {"avatar": self.avatar, "prompt": self.prompt, "seed": self.seed, "uploaded_with_consent": self.avatar is None}
+        self._recording = asyncio.create_task(record(self.broadcast, path, about))
+
+    @property
+    def watchers(self) -> int:
+        """Viewers, a recording not among them."""
+        return self.broadcast.viewers - (self._recording is not None and not self._recording.done())
+
     async def close(self) -> None:
         for peer in tuple(self.peers):
             await peer.close()
         await self.session.close()
+        await self.broadcast.ended.wait()
+        if self._recording is not None:
+            await self._recording
         await self.broadcast.close()
 
 
@@ -104,11 +121,12 @@ class Hub:
     Args:
       label: whether pictures say that they are generated.
       numbers: whether they carry their number, to measure latency.
+      recordings: folder in which every session is kept; None keeps nothing.
     """
 
-    def __init__(self, engine: Engine, limits: Limits, *, label: bool = True, numbers: bool = False):
+    def __init__(self, engine: Engine, limits: Limits, *, label: bool = True, numbers: bool = False, recordings: Path | None = None):
         self.engine, self.limits = engine, limits
-        self._label, self._numbers = label, numbers
+        self._label, self._numbers, self._recordings = label, numbers, recordings
         self.rooms: dict[str, Room] = {}
         self.refused = 0
         self._sweeper = asyncio.create_task(self._sweep())
@@ -135,6 +153,8 @@ class Hub:
         name = None if image is not None else avatar or avatar_names()[0]
         room = Room(session, client, name, prompt, seed, self._label, self._numbers)
         self.rooms[room.id] = room
+        if self._recordings is not None:
+            room.record(self._recordings)
         return room
 
     def find(self, name: str) -> Room:
@@ -192,7 +212,7 @@ class Hub:
             await asyncio.sleep(1.0)
             now = time.monotonic()
             for room in tuple(self.rooms.values()):
-                if room.broadcast.viewers:
+                if room.watchers:
                     room.watched = now
                 forgotten = now - room.watched > self.limits.idle_seconds or now - room.opened > self.limits.age_seconds
                 if forgotten or room.broadcast.ended.is_set():

@@ -28,6 +28,7 @@ class ListenOptions:
       origins: of other sites whose pages may use the service.
       label: whether pictures say that they are generated.
       numbers: whether they carry their number, to measure latency.
+      recordings: folder in which every session is kept.
     """
 
     address: str
@@ -38,6 +39,7 @@ class ListenOptions:
     origins: tuple[str, ...] = ()
     label: bool = True
     numbers: bool = False
+    recordings: Path | None = None
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -74,6 +76,8 @@ def listen(options: ListenOptions, say: Callable[[str], None], model: LiveModel 
         access = Access(host, os.environ.get(TOKEN), options.origins)
     except ValueError as error:
         raise ServeError(str(error)) from error
+    if options.recordings is not None and not options.recordings.is_dir():
+        raise ServeError(f"--record {options.recordings}: there is no such directory; make it first")
     if model is None:
         from pikastream_jax.streaming.generator import load_generator
 
@@ -92,7 +96,7 @@ def listen(options: ListenOptions, say: Callable[[str], None], model: LiveModel 
         stop = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        runner = web.AppRunner(application(engine, access, Limits(), label=options.label, numbers=options.numbers), access_log=None)
+        runner = web.AppRunner(application(engine, access, Limits(), label=options.label, numbers=options.numbers, recordings=options.recordings), access_log=None)
         await runner.setup()
         try:
             try:

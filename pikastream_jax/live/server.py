@@ -7,6 +7,7 @@ beside this file, which a test holds against what is registered here.
 import json
 import logging
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,16 +29,16 @@ _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
 _PAGE_RULES = "default-src 'self'; connect-src 'self' ws: wss:; media-src 'self' blob:; img-src 'self' blob: data:; frame-ancestors 'none'"
 
 
-def application(engine: Engine, access: Access, limits: Limits, *, label: bool = True, numbers: bool = False) -> web.Application:
+def application(engine: Engine, access: Access, limits: Limits, *, label: bool = True, numbers: bool = False, recordings: Path | None = None) -> web.Application:
     """The service of an engine; the engine is not its to close.
 
     Args:
-      label, numbers: see `Hub`.
+      label, numbers, recordings: see `Hub`.
     """
     app = web.Application(client_max_size=limits.image_bytes + 2**16, middlewares=[_errors, access.middleware])
 
     async def hub(app: web.Application):
-        app[HUB] = Hub(engine, limits, label=label, numbers=numbers)
+        app[HUB] = Hub(engine, limits, label=label, numbers=numbers, recordings=recordings)
         yield
         await app[HUB].shut()
 
@@ -123,7 +124,7 @@ def metrics(hub: Hub) -> str:
         "# TYPE pikastream_step_seconds summary",
         *(f'pikastream_step_seconds{{quantile="{q}"}} {value:.6f}' for q, value in (("0.5", steps.p50), ("0.95", steps.p95), ("0.99", steps.p99))),
     ]
-    rows = [(room.id, room.session.report(), room.broadcast.viewers) for room in hub.rooms.values()]
+    rows = [(room.id, room.session.report(), room.watchers) for room in hub.rooms.values()]
     for name, kind, value in (
         ("frames_total", "counter", lambda figures, _: figures["frames"]),
         ("late_frames_total", "counter", lambda figures, _: figures["late_frames"]),
@@ -315,7 +316,7 @@ async def _connect(request: web.Request, offer: str) -> tuple[str, str]:
 def _seat(request: web.Request, room: Room) -> None:
     room.peers = {peer for peer in room.peers if not peer.closed.is_set()}
     limit = request.app[HUB].limits.viewers
-    if max(room.broadcast.viewers, len(room.peers)) >= limit:
+    if max(room.watchers, len(room.peers)) >= limit:
         raise Refused(429, f"{limit} viewers of one session are the most", 5)
 
 

@@ -59,6 +59,8 @@ class Options:
     """other sites whose pages may use the live service, such as https://example.org"""
     label: bool = True
     """whether live pictures say that they are generated"""
+    record: Path | None = None
+    """folder in which every live session is kept as MP4, with a manifest that says it is generated (default: nothing is kept)"""
     numbers: bool = False
     """whether live pictures carry their number in their upper edge, to measure latency"""
     image: Path | None = None
@@ -233,7 +235,7 @@ def _listen(options: Options) -> int:
     from pikastream_jax.live.listen import ListenOptions, listen
 
     asked = ListenOptions(
-        options.listen, options.weights, options.stream, options.sessions, options.rows, options.origin, options.label, options.numbers
+        options.listen, options.weights, options.stream, options.sessions, options.rows, options.origin, options.label, options.numbers, options.record
     )
     return listen(asked, _say)
 

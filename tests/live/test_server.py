@@ -1,7 +1,9 @@
 """The HTTP service over a model that is made up: sessions, changes, refusals, access, media."""
 
 import asyncio
+import hashlib
 import io
+import json
 
 import av
 import numpy as np
@@ -24,12 +26,12 @@ def png(size=(128, 128), colour=(9, 90, 200), kind="PNG"):
     return data.getvalue()
 
 
-def served(test, *, sessions=2, limits=None, access=None, numbers=False, model=None):
+def served(test, *, sessions=2, limits=None, access=None, numbers=False, model=None, recordings=None):
     """Runs `test(client, app)` against a server."""
 
     async def run():
         engine = Engine(model or FakeModel(seconds=0.01, size=256), sessions)
-        app = application(engine, access or Access("127.0.0.1"), limits or Limits(), label=False, numbers=numbers)
+        app = application(engine, access or Access("127.0.0.1"), limits or Limits(), label=False, numbers=numbers, recordings=recordings)
         try:
             async with TestClient(TestServer(app)) as client:
                 return await test(client, app)
@@ -282,3 +284,39 @@ def test_numbers_survive_the_codec():
     labelled = Labeller(256, 256)(picture)
     changed = (labelled != picture).any(axis=-1)
     assert changed[-30:, -120:].mean() > 0.1 and not changed[:200].any()
+
+
+def test_a_recording_plays_and_says_what_it_is(tmp_path):
+    async def run(client, app):
+        made = await created(client, avatar="ada", prompt="calm")
+        await asyncio.sleep(1.5)
+        assert (await (await client.get(f"/api/sessions/{made['id']}")).json())["viewers"] == 0, "a recording is no viewer"
+        await client.delete(f"/api/sessions/{made['id']}")
+
+    served(run, recordings=tmp_path)
+    (path,) = tmp_path.glob("*.mp4")
+    with av.open(str(path)) as file:
+        told = json.loads(file.metadata["comment"])
+        assert len(list(file.decode(video=0))) >= 25
+    beside = json.loads(path.with_suffix(".json").read_text())
+    assert beside.pop("sha256") == hashlib.sha256(path.read_bytes()).hexdigest() and beside == told
+    assert told["assertions"][0]["data"]["actions"][0]["digitalSourceType"].endswith("trainedAlgorithmicMedia")
+    assert told["assertions"][1]["data"] == {"avatar": "ada", "prompt": "calm", "seed": 0, "uploaded_with_consent": False}
+
+
+def test_a_disk_that_is_full_ends_the_recording_and_not_the_session(tmp_path, monkeypatch):
+    from pikastream_jax.live import record
+
+    def full(packet, *rest):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(record, "timed", full)
+
+    async def run(client, app):
+        made = await created(client)
+        await asyncio.sleep(1.0)
+        report = await (await client.get(f"/api/sessions/{made['id']}")).json()
+        assert report["figures"]["frames"] > 15
+        await client.delete(f"/api/sessions/{made['id']}")
+
+    served(run, recordings=tmp_path)
