@@ -134,13 +134,14 @@ def main() -> int:
                 executable_path=chromium,
                 args=["--no-sandbox", "--autoplay-policy=no-user-gesture-required", "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"],
             )
-            page = browser.new_page(viewport={"width": 1200, "height": 820}, bypass_csp=True)
+            page = browser.new_page(viewport={"width": 1200, "height": 860}, bypass_csp=True)
             page.on("console", lambda message: print(f"page: {message.text}", file=sys.stderr))
             page.goto(address)
             page.wait_for_selector("#avatars button")
             page.click("#connect")
             found = measure(page, address, options.utterances, options.seconds, options.pause)
             if options.picture:
+                page.evaluate("scrollTo(0, 0)")
                 page.screenshot(path=str(options.picture))
             browser.close()
     finally:

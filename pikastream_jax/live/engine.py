@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 LOAD = 0.85  # share of the time that steps may take: the rest is for encoding, and for a step that takes longer
 MARGIN = 1.25  # of a step's time at the 95th percentile, in `lead`
 TRIALS = 8  # steps that are timed at the start
-KEPT = 512  # steps whose times are remembered
+KEPT = 256  # steps whose times are remembered
 
 
 class EngineFull(Exception):
@@ -76,7 +76,8 @@ class Engine:
         self.failure: BaseException | None = None
         self._seconds: deque[float] = deque(maxlen=KEPT)
         self._measure()
-        self.lead = min(self.chunk_seconds, MARGIN * self.steps.p95 * max(1, math.ceil(self.capacity / model.rows)) + 0.01)
+        self._turns = max(1, math.ceil(self.capacity / model.rows))  # steps between two of one session, when all places are taken
+        self.lead = self._lead()
         # What a swap takes to compute is done beside the steps, by one thread: two would only slow them down.
         self.background = ThreadPoolExecutor(1, thread_name_prefix="swaps")
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -149,6 +150,9 @@ class Engine:
         self._thread.join(10.0)
         self.background.shutdown(cancel_futures=True)
 
+    def _lead(self) -> float:
+        return min(self.chunk_seconds, MARGIN * self.steps.p95 * self._turns + 0.01)
+
     def _check(self) -> None:
         if self.failure is not None:
             raise RuntimeError(f"the engine has failed: {self.failure}") from self.failure
@@ -197,6 +201,7 @@ class Engine:
         began = time.perf_counter()
         states, frames = self.model.step([session.next_input() for session in due])
         self._seconds.append(time.perf_counter() - began)
+        self.lead = self._lead()  # beside an encoder and a browser, steps take longer than they did at the start
         now = self.clock()
         for session, state, pictures in zip(due, states, frames, strict=True):
             session.deliver(state, pictures, now)
