@@ -86,33 +86,59 @@ def percentiles(values: list[float]) -> dict[str, float]:
     return {"n": len(kept), **{f"p{q}": round(float(np.percentile(kept, q)), 1) for q in (5, 50, 95)}} if len(kept) else {"n": 0}
 
 
-def measure(page, address: str, count: int, seconds: float, pause: float) -> dict:
-    """Latency and offset of `count` utterances, in ms."""
+def measure(page, address: str, server: int, minutes: float | None, count: int, seconds: float, pause: float) -> dict:
+    """Latency and offset of `count` utterances, in ms, or of as many as fit into so many minutes; and the server's memory beside them.
+
+    Args:
+      server: its process.
+    """
+    import psutil
+
     rng = np.random.default_rng(0)
     page.wait_for_function("document.getElementById('state').dataset.state === 'live'", timeout=30_000)
     page.evaluate(READ)
     page.evaluate(LISTEN)
     page.wait_for_function("shownAt.size > 50", timeout=30_000)
     session = page.evaluate("pikastream.session")
-    latency, offset = [], []
-    for _ in range(count):
+    rows: list[dict] = []
+    began = time.monotonic()
+    while len(rows) < count if minutes is None else time.monotonic() - began < 60 * minutes:
         time.sleep(pause + rng.uniform(0, 0.5))
         pushed = page.evaluate(PUSH, [session, seconds])
         time.sleep(seconds + 1.5)
         first = get(f"{address}/api/sessions/{session}")["utterances"][-1]["first"]
         shown = page.evaluate("(first) => [...shownAt].filter(([n]) => n >= first && n < first + 3).sort((a, b) => a[0] - b[0])[0] ?? null", first)
         heard = page.evaluate("heard[0] ?? null")
+        row = {"minute": (time.monotonic() - began) / 60, "mb": psutil.Process(server).memory_info().rss / 1e6}
         if shown:
-            latency.append(shown[1] - pushed)
+            row["latency"] = shown[1] - pushed
             if heard is not None:
-                offset.append(heard - (shown[1] - 40 * (shown[0] - first)))
+                row["offset"] = heard - (shown[1] - 40 * (shown[0] - first))
+        rows.append(row)
+        page.evaluate("() => { const newest = Math.max(...shownAt.keys()); for (const n of shownAt.keys()) if (n < newest - 500) shownAt.delete(n); }")
     figures = get(f"{address}/api/sessions/{session}")["figures"]
-    return {"first_lips_ms": percentiles(latency), "sound_after_picture_ms": percentiles(offset), "session": figures}
+    return _summary(rows) | {"session": figures} | ({} if minutes is None else {"by_5_minutes": _by_time(rows)})
+
+
+def _summary(rows: list[dict]) -> dict:
+    return {
+        "first_lips_ms": percentiles([row["latency"] for row in rows if "latency" in row]),
+        "sound_after_picture_ms": percentiles([row["offset"] for row in rows if "offset" in row]),
+        "server_mb": round(max(row["mb"] for row in rows), 1),
+    }
+
+
+def _by_time(rows: list[dict]) -> list[dict]:
+    """A summary of every five minutes."""
+    last = int(rows[-1]["minute"] // 5)
+    groups = [[row for row in rows if row["minute"] // 5 == five] for five in range(last + 1)]
+    return [{"minute": 5 * five} | _summary(group) for five, group in enumerate(groups) if group]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.live", description=__doc__.split("\n")[0])
     parser.add_argument("--utterances", type=int, default=20)
+    parser.add_argument("--minutes", type=float, help="go on for so long instead of --utterances, and say how every five minutes went")
     parser.add_argument("--seconds", type=float, default=0.6, help="of an utterance")
     parser.add_argument("--pause", type=float, default=0.5, help="seconds between them, and up to half a second more")
     parser.add_argument("--out", type=Path, help="file for the figures")
@@ -139,7 +165,7 @@ def main() -> int:
             page.goto(address)
             page.wait_for_selector("#avatars button")
             page.click("#connect")
-            found = measure(page, address, options.utterances, options.seconds, options.pause)
+            found = measure(page, address, server.pid, options.minutes, options.utterances, options.seconds, options.pause)
             if options.picture:
                 page.evaluate("scrollTo(0, 0)")
                 page.screenshot(path=str(options.picture))

@@ -52,7 +52,7 @@ class Access:
         host = urlsplit(f"//{request.host}").hostname or ""
         if self._local and not is_loopback(host):
             # A name of somebody else's that leads here: a page of his could then read what is only meant for this machine.
-            raise Refused(421, f"this server is {'127.0.0.1'}, not {host}")
+            raise Refused(421, f"this server is only for this machine, and {host} is not its name: ask for 127.0.0.1 or localhost")
         origin = request.headers.get("Origin")
         if origin and origin not in self._origins and urlsplit(origin).netloc != request.host:
             raise Refused(403, f"pages of {origin} may not use this server: start it with --origin {origin}")

@@ -128,6 +128,7 @@ class Hub:
         self.engine, self.limits = engine, limits
         self._label, self._numbers, self._recordings = label, numbers, recordings
         self.rooms: dict[str, Room] = {}
+        self._opening: list[str] = []  # clients whose sessions are being made
         self.refused = 0
         self._sweeper = asyncio.create_task(self._sweep())
 
@@ -140,16 +141,19 @@ class Hub:
         _check_prompt(prompt)
         if not 0 <= seed < 2**32:
             raise Refused(422, f"seed {seed} is out of range: use 0 to {2**32 - 1}")
-        if sum(room.client == client for room in self.rooms.values()) >= self.limits.sessions_per_client:
+        if sum(room.client == client for room in self.rooms.values()) + self._opening.count(client) >= self.limits.sessions_per_client:
             raise Refused(429, f"{self.limits.sessions_per_client} sessions of one client are the most: end one first", 10)
-        pixels = await self.pixels(avatar, image, consent)
+        self._opening.append(client)
         try:
+            pixels = await self.pixels(avatar, image, consent)
             session = await asyncio.get_running_loop().run_in_executor(None, self.engine.open, pixels, prompt, seed)
         except EngineFull as error:
             self.refused += 1
             raise Refused(503, str(error), error.retry_after) from error
         except RuntimeError as error:
             raise Refused(503, str(error)) from error
+        finally:
+            self._opening.remove(client)
         name = None if image is not None else avatar or avatar_names()[0]
         room = Room(session, client, name, prompt, seed, self._label, self._numbers)
         self.rooms[room.id] = room

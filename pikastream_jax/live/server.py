@@ -294,7 +294,7 @@ async def _whep(request: web.Request) -> web.Response:
 async def _whep_end(request: web.Request) -> web.Response:
     room = _room(request)
     for peer in tuple(room.peers):
-        if str(id(peer)) == request.match_info["peer"]:
+        if peer.name == request.match_info["peer"]:
             await peer.close()
             room.peers.discard(peer)
             return web.Response(status=200)
@@ -310,7 +310,7 @@ async def _connect(request: web.Request, offer: str) -> tuple[str, str]:
     except ValueError as error:
         raise Refused(422, str(error)) from error
     room.peers.add(peer)
-    return str(id(peer)), answer
+    return peer.name, answer
 
 
 def _seat(request: web.Request, room: Room) -> None:

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import re
+import secrets
 
 import av
 import numpy as np
@@ -47,6 +48,7 @@ class Peer:
         self._session, self._broadcast = session, broadcast
         self._connection = RTCPeerConnection()
         self._tasks: list[asyncio.Task] = []
+        self.name = secrets.token_urlsafe(6)
         self.closed = asyncio.Event()
 
     async def answer(self, offer: str) -> str:
