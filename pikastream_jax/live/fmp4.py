@@ -1,4 +1,4 @@
-"""Media over one WebSocket, for places where UDP is blocked: fragmented MP4 for a page's two source buffers.
+"""Media over TCP, for places where UDP is blocked: fragmented MP4 by WebSocket for a page's two source buffers, MPEG-TS by HTTP for players.
 
 A binary message is one byte that says which buffer (0: video, 1: sound) and a piece of that buffer's MP4, initialisation first. Video and sound are
 files of their own, because Chromium takes of a file that holds both and a fragment for every frame only the key frames.
@@ -96,3 +96,21 @@ async def video_socket(request: web.Request, broadcast: Broadcast) -> web.WebSoc
     finally:
         sender.cancel()
     return socket
+
+
+async def transport_stream(request: web.Request, broadcast: Broadcast) -> web.StreamResponse:
+    """MPEG-TS without end, which ffplay, VLC and OBS open by its address."""
+    response = web.StreamResponse(headers={"Content-Type": "video/mp2t", "Cache-Control": "no-store"})
+    await response.prepare(request)
+    pieces, container, start = _Pieces(), None, 0.0
+    async for packet in broadcast.watch():
+        if container is None:
+            start = float(packet.pts * packet.time_base)
+            options = {"flush_packets": "1", "max_interleave_delta": "1", "pes_payload_size": "0"}
+            container = av.open(pieces, "w", format="mpegts", options=options)
+            streams = mux_streams(container, ("video", "audio"), *packet.frame.picture.shape[:2], broadcast.fps)
+        container.mux(timed(packet, streams[packet.kind], start, broadcast.fps))
+        if data := pieces.take():
+            await response.write(data)
+    await response.write_eof()
+    return response

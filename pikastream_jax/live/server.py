@@ -15,7 +15,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 
 from pikastream_jax.live.access import Access
 from pikastream_jax.live.engine import Engine
-from pikastream_jax.live.fmp4 import video_socket
+from pikastream_jax.live.fmp4 import transport_stream, video_socket
 from pikastream_jax.live.hub import Hub, Limits, Refused, Room
 from pikastream_jax.live.voice import VoiceFull
 from pikastream_jax.live.webrtc import Peer
@@ -60,6 +60,7 @@ def application(engine: Engine, access: Access, limits: Limits, *, label: bool =
             web.post("/api/sessions/{id}/interrupt", _interrupt),
             web.get("/api/sessions/{id}/audio", _audio),
             web.get("/api/sessions/{id}/video", _video),
+            web.get("/api/sessions/{id}/stream.ts", _stream),
             web.post("/api/sessions/{id}/webrtc", _webrtc),
             web.post("/api/sessions/{id}/whep", _whep),
             web.delete("/api/sessions/{id}/whep/{peer}", _whep_end),
@@ -273,6 +274,12 @@ async def _video(request: web.Request) -> web.StreamResponse:
     room = _room(request)
     _seat(request, room)
     return await video_socket(request, room.broadcast)
+
+
+async def _stream(request: web.Request) -> web.StreamResponse:
+    room = _room(request)
+    _seat(request, room)
+    return await transport_stream(request, room.broadcast)
 
 
 async def _webrtc(request: web.Request) -> web.Response:
