@@ -2,6 +2,7 @@
 # make test   the test suite
 # make parity the same models in PyTorch, and Wan's in diffusers, compared with ours
 # make browser  the live page in a headless Chromium, which the system has to have
+# make ray    three replicas on a local Ray cluster, one killed
 # make h200   the full-size programs compiled for an H200, without one (600 MB of compiler)
 # make lint   ruff
 # All of them work in .venv, which is made on the first call. PYTHON chooses the interpreter (3.11 or newer).
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SPEECH ?= $(firstword $(sort $(wildcard pikastream_jax/assets/speech/*.flac)))
 
-.PHONY: demo test browser parity h200 lint clean
+.PHONY: demo test browser ray parity h200 lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python serve.py --audio $(SPEECH) --output talk.mp4
@@ -26,6 +27,10 @@ parity: $(VENV)/.installed-parity
 browser: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[browser]"
 	$(BIN)/python -m pytest -q -m browser tests/live
+
+ray: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[ray]"
+	$(BIN)/python -m pytest -q -m ray tests/live
 
 h200: $(VENV)/.installed-dev .cache/cuda/.installed
 	JAX_PLATFORMS=cpu PYTHONPATH=.cache/cuda $(BIN)/python -m pytest -q -m h200 tests/benchmarks

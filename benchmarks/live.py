@@ -1,4 +1,4 @@
-"""How long a word takes to its lips in a real browser, and whether sound and picture stay together: `python -m benchmarks.live`.
+"""How long a word takes to its lips in a real browser, whether sound and picture stay together, what a swap and an interruption look like: `python -m benchmarks.live`.
 
 Starts `serve.py --listen --numbers`, opens its page in a headless Chromium (pip install playwright; a Chromium from the system), and
 pushes utterances, each whole and at once, into the stream that listens. Every picture carries its number, which the page reads back when the picture
@@ -17,43 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-READ = """() => {
-  window.shownAt = new Map(); window.heard = []; window.gaps = [];
-  const video = document.getElementById("video"), canvas = document.createElement("canvas");
-  canvas.width = 256; canvas.height = 8;
-  const pen = canvas.getContext("2d", { willReadFrequently: true });
-  const look = (now) => {
-    pen.drawImage(video, 0, 0, 256, 8, 0, 0, 256, 8);
-    const row = pen.getImageData(0, 4, 256, 1).data, bit = (i) => row[4 * (8 * i + 4)] > 127;
-    if (bit(0) && !bit(1)) { let n = 0; for (let i = 2; i < 26; i++) n = 2 * n + bit(i); if (!shownAt.has(n)) shownAt.set(n, now); }
-    video.requestVideoFrameCallback(look);
-  };
-  video.requestVideoFrameCallback(look);
-}"""
-LISTEN = """async () => {
-  const video = document.getElementById("video"), context = new AudioContext({ sampleRate: 48000 });
-  await context.resume();
-  const code = `registerProcessor("level", class extends AudioWorkletProcessor { process(inputs) {
-    const x = inputs[0][0]; if (x) { let s = 0; for (const v of x) s += v * v; this.port.postMessage([currentTime, Math.sqrt(s / x.length)]); } return true; } });`;
-  await context.audioWorklet.addModule(URL.createObjectURL(new Blob([code], { type: "text/javascript" })));
-  const node = new AudioWorkletNode(context, "level");
-  node.port.onmessage = ({ data: [time, level] }) => {
-    const at = performance.now();
-    if (level > 0.05) heard.push(at);
-  };
-  context.createMediaStreamSource(video.srcObject).connect(node);
-  window.context = context;
-}"""
-PUSH = """async ([id, seconds]) => {
-  const socket = new WebSocket(`ws://${location.host}/api/sessions/${id}/audio?rate=16000`);
-  await new Promise((resolve) => { socket.onopen = resolve; });
-  const sound = new Int16Array(16000 * seconds).map((_, i) => 12000 * Math.sin(i * 2 * Math.PI * 220 / 16000));
-  window.heard = [];
-  const at = performance.now();
-  socket.send(sound); socket.send("end");
-  setTimeout(() => socket.close(), 5000);
-  return at;
-}"""
+from benchmarks import live_page
 
 
 def free_port() -> int:
@@ -86,8 +50,8 @@ def percentiles(values: list[float]) -> dict[str, float]:
     return {"n": len(kept), **{f"p{q}": round(float(np.percentile(kept, q)), 1) for q in (5, 50, 95)}} if len(kept) else {"n": 0}
 
 
-def measure(page, address: str, server: int, minutes: float | None, count: int, seconds: float, pause: float) -> dict:
-    """Latency and offset of `count` utterances, in ms, or of as many as fit into so many minutes; and the server's memory beside them.
+def measure(page, address: str, server: int, options: argparse.Namespace) -> dict:
+    """Latency and offset of utterances, in ms, then interruptions and swaps; and the server's memory beside them.
 
     Args:
       server: its process.
@@ -96,28 +60,86 @@ def measure(page, address: str, server: int, minutes: float | None, count: int, 
 
     rng = np.random.default_rng(0)
     page.wait_for_function("document.getElementById('state').dataset.state === 'live'", timeout=30_000)
-    page.evaluate(READ)
-    page.evaluate(LISTEN)
+    page.evaluate(live_page.READ)
+    page.evaluate(live_page.LISTEN)
     page.wait_for_function("shownAt.size > 50", timeout=30_000)
     session = page.evaluate("pikastream.session")
+    path = f"{address}/api/sessions/{session}"
     rows: list[dict] = []
     began = time.monotonic()
-    while len(rows) < count if minutes is None else time.monotonic() - began < 60 * minutes:
-        time.sleep(pause + rng.uniform(0, 0.5))
-        pushed = page.evaluate(PUSH, [session, seconds])
-        time.sleep(seconds + 1.5)
-        first = get(f"{address}/api/sessions/{session}")["utterances"][-1]["first"]
+    while len(rows) < options.utterances if options.minutes is None else time.monotonic() - began < 60 * options.minutes:
+        time.sleep(options.pause + rng.uniform(0, 0.5))
+        pushed = page.evaluate(live_page.PUSH, [session, options.seconds])
+        time.sleep(options.seconds + 1.5)
+        utterance = get(path)["utterances"][-1]
+        first = utterance["first"]
         shown = page.evaluate("(first) => [...shownAt].filter(([n]) => n >= first && n < first + 3).sort((a, b) => a[0] - b[0])[0] ?? null", first)
         heard = page.evaluate("heard[0] ?? null")
         row = {"minute": (time.monotonic() - began) / 60, "mb": psutil.Process(server).memory_info().rss / 1e6}
         if shown:
             row["latency"] = shown[1] - pushed
+            row |= utterance["ms"]
             if heard is not None:
                 row["offset"] = heard - (shown[1] - 40 * (shown[0] - first))
         rows.append(row)
         page.evaluate("() => { const newest = Math.max(...shownAt.keys()); for (const n of shownAt.keys()) if (n < newest - 500) shownAt.delete(n); }")
-    figures = get(f"{address}/api/sessions/{session}")["figures"]
-    return _summary(rows) | {"session": figures} | ({} if minutes is None else {"by_5_minutes": _by_time(rows)})
+    found = _summary(rows) | ({} if options.minutes is None else {"by_5_minutes": _by_time(rows)})
+    found["stages_ms"] = _stages(rows, get(path)["figures"], page.evaluate(live_page.STATS))
+    found["interrupt_to_silence_ms"] = percentiles([_interrupt(page, session) for _ in range(options.interruptions)])
+    found["swaps"] = _swaps(page, path, session, options.swaps)
+    return found | {"session": get(path)["figures"]}
+
+
+def _stages(rows: list[dict], figures: dict, stats: dict) -> dict:
+    """Where the latency goes, on the mean. What is left when all that the server and the browser tell of themselves is taken away is the network and the screen."""
+    shown = [row for row in rows if "latency" in row]
+    mean = {name: float(np.mean([row[name] for row in shown])) for name in ("wait_for_chunk", "model", "reserve", "latency")}
+    known = {name: mean[name] for name in ("wait_for_chunk", "model", "reserve")}
+    known |= {"encoder": figures["encode_ms"], "browser_buffer": stats["buffer"], "browser_decoder": stats["decode"]}
+    known["network_and_screen"] = mean["latency"] - sum(known.values())
+    return {name: round(value, 1) for name, value in known.items()} | {"sum": round(mean["latency"], 1)}
+
+
+def _interrupt(page, session: str) -> float:
+    """Time from the request to the last sound that is heard, in mid-speech."""
+    page.evaluate(live_page.PUSH, [session, 4.0])
+    page.wait_for_function("heard.length > 200", timeout=10_000)
+    asked = page.evaluate(live_page.INTERRUPT, session)
+    time.sleep(1.5)
+    return page.evaluate("heard.at(-1)") - asked
+
+
+def _swaps(page, path: str, session: str, count: int) -> dict:
+    """Faces changed while the avatar speaks: when the new one is seen, how far its largest step goes, and whether a frame was late.
+
+    A picture shows the new face when it is nearer to what is shown two seconds later than to what was shown before the request.
+    """
+    names = page.evaluate("fetch('/api/avatars').then((answer) => answer.json())")
+    late, seen, landed, step, usual = get(path)["figures"]["late_frames"], [], [], [], []
+    for turn in range(count):
+        page.evaluate(live_page.PUSH, [session, 4.0])
+        page.evaluate("() => { window.pictures = []; }")
+        time.sleep(1.0)
+        asked, answered = page.evaluate(live_page.SWAP, [session, names[(turn + 1) % len(names)]["name"]])
+        time.sleep(2.5)
+        moments, pixels = zip(*page.evaluate("() => { const found = pictures; window.pictures = null; return found; }"), strict=True)
+        moments, pixels = np.array(moments), np.array(pixels, np.float32)
+        before, after = pixels[moments < asked][-10:].mean(0), pixels[-10:].mean(0)
+        distances = [np.abs(pixels - face).mean(1) for face in (before, after)]
+        new = (distances[1] < distances[0]) & (moments > asked)
+        seen.append(float(moments[new][0] - asked) if new.any() else float("nan"))
+        landed.append(answered - asked)
+        steps = np.abs(np.diff(pixels, axis=0)).mean(1)
+        step.append(float(steps[moments[1:] > asked].max() / np.abs(after - before).mean()))
+        usual.append(float(np.percentile(steps[moments[1:] < asked], 95) / np.abs(after - before).mean()))
+        time.sleep(1.0)
+    return {
+        "seen_after_ms": percentiles(seen),
+        "answered_after_ms": percentiles(landed),
+        "late_frames": get(path)["figures"]["late_frames"] - late,
+        "largest_step_of_the_difference": round(max(step), 2) if step else None,
+        "usual_step_of_the_difference": round(float(np.mean(usual)), 2) if usual else None,
+    }
 
 
 def _summary(rows: list[dict]) -> dict:
@@ -141,6 +163,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, help="go on for so long instead of --utterances, and say how every five minutes went")
     parser.add_argument("--seconds", type=float, default=0.6, help="of an utterance")
     parser.add_argument("--pause", type=float, default=0.5, help="seconds between them, and up to half a second more")
+    parser.add_argument("--interruptions", type=int, default=8)
+    parser.add_argument("--swaps", type=int, default=6)
     parser.add_argument("--out", type=Path, help="file for the figures")
     parser.add_argument("--picture", type=Path, help="take a picture of the page")
     parser.add_argument("serve", nargs="*", help="more options of serve.py, after --")
@@ -165,7 +189,7 @@ def main() -> int:
             page.goto(address)
             page.wait_for_selector("#avatars button")
             page.click("#connect")
-            found = measure(page, address, server.pid, options.minutes, options.utterances, options.seconds, options.pause)
+            found = measure(page, address, server.pid, options)
             if options.picture:
                 page.evaluate("scrollTo(0, 0)")
                 page.screenshot(path=str(options.picture))

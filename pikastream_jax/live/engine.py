@@ -100,16 +100,19 @@ class Engine:
         with self._changed:
             return tuple(self._sessions)
 
-    def open(self, image: UInt8[np.ndarray, "h w 3"], prompt: str = "", seed: int = 0) -> LiveSession:
+    def open(self, image: UInt8[np.ndarray, "h w 3"], prompt: str = "", seed: int = 0, first_frame: int = 0) -> LiveSession:
         """A new session; its frames begin to leave when they are asked for.
 
         Takes as long as encoding a picture: call it in a thread.
+
+        Args:
+          first_frame: its number, where a stream goes on that began elsewhere.
 
         Raises:
           EngineFull: it could not be served in real time.
           RuntimeError: the engine has failed or is closed.
         """
-        session = LiveSession(self)
+        session = LiveSession(self, first_frame)
         with self._changed:
             self._check()
             capacity = self.capacity

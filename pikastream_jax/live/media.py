@@ -6,6 +6,8 @@ packets too slowly loses all that wait, up to the next key frame, rather than la
 
 import asyncio
 import dataclasses
+import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from fractions import Fraction
 from typing import Literal
@@ -127,6 +129,7 @@ class Broadcast:
         self._key = True
         self.ended = asyncio.Event()
         self.failure: Exception | None = None
+        self._encoding: deque[float] = deque(maxlen=250)
         self._task = asyncio.create_task(self._run())
 
     @property
@@ -136,6 +139,11 @@ class Broadcast:
     @property
     def fps(self) -> int:
         return self._session.model.fps
+
+    @property
+    def encode_seconds(self) -> float:
+        """What encoding a frame and its sound took lately, by the median."""
+        return float(np.median(self._encoding)) if self._encoding else 0.0
 
     async def watch(self) -> AsyncIterator[Packet]:
         """Packets from the next key frame on, which is made at once."""
@@ -166,7 +174,9 @@ class Broadcast:
         try:
             async for frame in self._session.frames():
                 key, self._key = self._key, False
+                began = time.perf_counter()
                 packets = await loop.run_in_executor(None, self._encoder.encode, frame, key)
+                self._encoding.append(time.perf_counter() - began)
                 self._seen(frame)
                 for viewer in tuple(self._viewers):
                     wanted = [viewer.offer(packet) for packet in packets]

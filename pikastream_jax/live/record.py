@@ -14,8 +14,8 @@ from typing import Any
 
 import av
 
-from pikastream_jax.live.fmp4 import mux_streams, timed
 from pikastream_jax.live.media import Broadcast
+from pikastream_jax.live.mux import mux_streams, timed
 
 _log = logging.getLogger(__name__)
 

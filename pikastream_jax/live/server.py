@@ -1,98 +1,59 @@
-"""The service over HTTP: sessions, their media, their changes, and the page that shows all of it.
+"""The service over HTTP: sessions, what is said and changed, and how it is doing.
 
 aiohttp rather than a framework with an ASGI server: one dependency, and WebSockets and aiortc live in the same event loop. The routes are described in `openapi.json`
 beside this file, which a test holds against what is registered here.
 """
 
-import json
-import logging
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from pikastream_jax.live.access import Access
 from pikastream_jax.live.engine import Engine
-from pikastream_jax.live.fmp4 import transport_stream, video_socket
-from pikastream_jax.live.hub import Hub, Limits, Refused, Room
+from pikastream_jax.live.forms import asked, avatar_name, consent, known, wanted_session, whole_number
+from pikastream_jax.live.hub import HUB, Hub, Limits, Refused, Room
+from pikastream_jax.live.pages import errors, page_routes
+from pikastream_jax.live.viewers import viewer_routes
 from pikastream_jax.live.voice import VoiceFull
-from pikastream_jax.live.webrtc import Peer
-from pikastream_jax.serving.errors import ServeError
-from pikastream_jax.serving.image import avatar_names, avatar_path
-
-_log = logging.getLogger(__name__)
-HUB: web.AppKey[Hub] = web.AppKey("hub", Hub)
-_ASSETS = resources.files("pikastream_jax.live") / "page"
-_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
-_PAGE_RULES = "default-src 'self'; connect-src 'self' ws: wss:; media-src 'self' blob:; img-src 'self' blob: data:; frame-ancestors 'none'"
 
 
-def application(engine: Engine, access: Access, limits: Limits, *, label: bool = True, numbers: bool = False, recordings: Path | None = None) -> web.Application:
+def application(
+    engine: Engine, access: Access, limits: Limits, *, label: bool = True, numbers: bool = False, recordings: Path | None = None, behind_gateway: bool = False
+) -> web.Application:
     """The service of an engine; the engine is not its to close.
 
     Args:
-      label, numbers, recordings: see `Hub`.
+      label, numbers, recordings, behind_gateway: see `Hub`.
     """
-    app = web.Application(client_max_size=limits.image_bytes + 2**16, middlewares=[_errors, access.middleware])
+    app = web.Application(client_max_size=limits.image_bytes + 2**16, middlewares=[errors, access.middleware])
 
     async def hub(app: web.Application):
-        app[HUB] = Hub(engine, limits, label=label, numbers=numbers, recordings=recordings)
+        app[HUB] = Hub(engine, limits, label=label, numbers=numbers, recordings=recordings, behind_gateway=behind_gateway)
         yield
         await app[HUB].shut()
 
+    async def end_sessions(app: web.Application):  # first: their viewers' requests are waited for
+        await app[HUB].shut()
+
     app.cleanup_ctx.append(hub)
+    app.on_shutdown.append(end_sessions)
     app.add_routes(
         [
-            web.get("/", _page),
-            web.get("/page/{name}", _page),
+            *page_routes(),
             web.get("/health", _health),
             web.get("/ready", _ready),
             web.get("/metrics", _metrics),
-            web.get("/openapi.json", _openapi),
-            web.get("/api/avatars", _avatars),
-            web.get("/api/avatars/{name}", _avatar),
             web.post("/api/sessions", _create),
             web.get("/api/sessions/{id}", _read),
             web.patch("/api/sessions/{id}", _update),
             web.delete("/api/sessions/{id}", _delete),
             web.post("/api/sessions/{id}/interrupt", _interrupt),
             web.get("/api/sessions/{id}/audio", _audio),
-            web.get("/api/sessions/{id}/video", _video),
-            web.get("/api/sessions/{id}/stream.ts", _stream),
-            web.post("/api/sessions/{id}/webrtc", _webrtc),
-            web.post("/api/sessions/{id}/whep", _whep),
-            web.delete("/api/sessions/{id}/whep/{peer}", _whep_end),
+            *viewer_routes(),
         ]
     )
     return app
-
-
-@web.middleware
-async def _errors(request: web.Request, handler) -> web.StreamResponse:
-    """Whatever is refused becomes JSON with its reason."""
-    try:
-        return await handler(request)
-    except Refused as refused:
-        headers = {"Retry-After": str(refused.retry_after)} if refused.retry_after else {}
-        return web.json_response({"error": str(refused)}, status=refused.status, headers=headers)
-    except web.HTTPException as error:
-        if error.status < 400:
-            raise
-        return web.json_response({"error": error.text or error.reason}, status=error.status, headers={"Allow": error.headers["Allow"]} if "Allow" in error.headers else {})
-    except RuntimeError as error:  # the engine or the session is gone
-        _log.warning("%s %s: %s", request.method, request.path, error)
-        return web.json_response({"error": str(error)}, status=503)
-
-
-async def _page(request: web.Request) -> web.Response:
-    name = request.match_info.get("name", "index.html")
-    if name not in ("index.html", "app.js", "style.css"):
-        raise Refused(404, f"there is no {name!r}")
-    kind = _TYPES[name[name.rindex(".") :]]
-    headers = {"Content-Security-Policy": _PAGE_RULES, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
-    return web.Response(text=(_ASSETS / name).read_text(), content_type=kind, headers=headers)
 
 
 async def _health(request: web.Request) -> web.Response:
@@ -139,74 +100,9 @@ def metrics(hub: Hub) -> str:
     return "\n".join(lines) + "\n"
 
 
-async def _openapi(request: web.Request) -> web.Response:
-    return web.json_response(json.loads((resources.files("pikastream_jax.live") / "openapi.json").read_text()))
-
-
-async def _avatars(request: web.Request) -> web.Response:
-    return web.json_response([{"name": name, "picture": f"/api/avatars/{name}.png"} for name in avatar_names()])
-
-
-async def _avatar(request: web.Request) -> web.StreamResponse:
-    try:
-        path = avatar_path(request.match_info["name"].removesuffix(".png"))
-    except ServeError as error:
-        raise Refused(404, str(error)) from error
-    return web.FileResponse(path, headers={"Cache-Control": "max-age=3600"})
-
-
-async def _asked(request: web.Request) -> tuple[dict[str, Any], bytes | None]:
-    """What a JSON object or a form says, and the picture that came with a form."""
-    if request.content_type == "application/json":
-        try:
-            fields = await request.json()
-        except ValueError as error:
-            raise Refused(400, f"the body is no JSON: {error}") from error
-        if not isinstance(fields, dict):
-            raise Refused(400, f"the body is a JSON {type(fields).__name__}: send an object")
-        return fields, None
-    if request.content_type != "multipart/form-data":
-        raise Refused(415, f"the body is {request.content_type}: send application/json, or multipart/form-data with an image")
-    try:
-        form = await request.post()
-    except ValueError as error:
-        raise Refused(400, f"the form cannot be read: {error}") from error
-    image = form.get("image")
-    fields = {name: value for name, value in form.items() if name != "image"}
-    if image is not None and not isinstance(image, web.FileField):
-        raise Refused(422, "image is text: send it as a file")
-    for name, value in fields.items():
-        if not isinstance(value, str):
-            raise Refused(422, f"{name} is a file: send text")
-    return fields, image.file.read() if image is not None else None
-
-
-def _known(fields: dict[str, Any], names: tuple[str, ...]) -> None:
-    if unknown := sorted(set(fields) - set(names)):
-        raise Refused(422, f"unknown field {', '.join(unknown)}: there are {', '.join(names)}")
-
-
-def _consent(fields: dict[str, Any]) -> bool:
-    return fields.get("consent") in (True, "true")
-
-
-def _avatar_name(fields: dict[str, Any]) -> str | None:
-    avatar = fields.get("avatar")
-    if avatar is not None and not isinstance(avatar, str):
-        raise Refused(422, f"avatar is {type(avatar).__name__}: send a name")
-    return avatar or None
-
-
 async def _create(request: web.Request) -> web.Response:
-    fields, image = await _asked(request)
-    _known(fields, ("avatar", "prompt", "seed", "consent"))
-    if image is not None and _avatar_name(fields):
-        raise Refused(422, "an avatar and an image: send one of them")
-    try:
-        seed = int(fields.get("seed", 0))
-    except (TypeError, ValueError) as error:
-        raise Refused(422, f"seed {fields['seed']!r} is no whole number") from error
-    room = await request.app[HUB].open(_client(request), _avatar_name(fields), image, _consent(fields), fields.get("prompt", "a person talking"), seed)
+    hub = request.app[HUB]
+    room = await hub.open(await wanted_session(request, hub.client(request)))
     return web.json_response(room.report(), status=201, headers={"Location": f"/api/sessions/{room.id}"})
 
 
@@ -216,13 +112,13 @@ async def _read(request: web.Request) -> web.Response:
 
 async def _update(request: web.Request) -> web.Response:
     hub, room = request.app[HUB], _room(request)
-    fields, image = await _asked(request)
-    _known(fields, ("avatar", "prompt", "consent"))
-    avatar, shows = _avatar_name(fields), {}
+    fields, image = await asked(request)
+    known(fields, ("avatar", "prompt", "consent"))
+    avatar, shows = avatar_name(fields), {}
     if image is None and avatar is None and "prompt" not in fields:
         raise Refused(422, "nothing to change: send prompt, avatar or image")
     if image is not None or avatar is not None:
-        shows["face_shows_at"] = await hub.set_reference(room, avatar, image, _consent(fields))
+        shows["face_shows_at"] = await hub.set_reference(room, avatar, image, consent(fields))
     if "prompt" in fields:
         shows["prompt_shows_at"] = await hub.set_prompt(room, fields["prompt"])
     return web.json_response(room.report() | shows)
@@ -241,10 +137,7 @@ async def _interrupt(request: web.Request) -> web.Response:
 async def _audio(request: web.Request) -> web.StreamResponse:
     """Speech by WebSocket: 16-bit mono PCM in binary messages; `end` and `interrupt` in text."""
     room = _room(request)
-    try:
-        rate = int(request.query.get("rate", "16000"))
-    except ValueError as error:
-        raise Refused(422, f"rate {request.query['rate']!r} is no whole number") from error
+    rate = whole_number(request.query.get("rate", "16000"), "rate")
     limits = request.app[HUB].limits
     socket = web.WebSocketResponse(max_msg_size=limits.message_bytes, heartbeat=20)
     await socket.prepare(request)
@@ -270,66 +163,5 @@ async def _audio(request: web.Request) -> web.StreamResponse:
     return socket
 
 
-async def _video(request: web.Request) -> web.StreamResponse:
-    room = _room(request)
-    _seat(request, room)
-    return await video_socket(request, room.broadcast)
-
-
-async def _stream(request: web.Request) -> web.StreamResponse:
-    room = _room(request)
-    _seat(request, room)
-    return await transport_stream(request, room.broadcast)
-
-
-async def _webrtc(request: web.Request) -> web.Response:
-    fields, _ = await _asked(request)
-    if fields.get("type") != "offer" or not isinstance(fields.get("sdp"), str):
-        raise Refused(422, "send {type: offer, sdp: ...}")
-    peer, answer = await _connect(request, fields["sdp"])
-    return web.json_response({"type": "answer", "sdp": answer, "peer": peer})
-
-
-async def _whep(request: web.Request) -> web.Response:
-    """WHEP (draft-ietf-wish-whep): an SDP offer for an SDP answer, so that OBS, GStreamer and other players can watch."""
-    if request.content_type != "application/sdp":
-        raise Refused(415, f"the body is {request.content_type}: send application/sdp")
-    peer, answer = await _connect(request, await request.text())
-    return web.Response(status=201, text=answer, content_type="application/sdp", headers={"Location": f"{request.path}/{peer}"})
-
-
-async def _whep_end(request: web.Request) -> web.Response:
-    room = _room(request)
-    for peer in tuple(room.peers):
-        if peer.name == request.match_info["peer"]:
-            await peer.close()
-            room.peers.discard(peer)
-            return web.Response(status=200)
-    raise Refused(404, "there is no such viewer: it has left, or never was")
-
-
-async def _connect(request: web.Request, offer: str) -> tuple[str, str]:
-    room = _room(request)
-    _seat(request, room)
-    peer = Peer(room.session, room.broadcast)
-    try:
-        answer = await peer.answer(offer)
-    except ValueError as error:
-        raise Refused(422, str(error)) from error
-    room.peers.add(peer)
-    return peer.name, answer
-
-
-def _seat(request: web.Request, room: Room) -> None:
-    room.peers = {peer for peer in room.peers if not peer.closed.is_set()}
-    limit = request.app[HUB].limits.viewers
-    if max(room.watchers, len(room.peers)) >= limit:
-        raise Refused(429, f"{limit} viewers of one session are the most", 5)
-
-
 def _room(request: web.Request) -> Room:
     return request.app[HUB].find(request.match_info["id"])
-
-
-def _client(request: web.Request) -> str:
-    return request.remote or "unknown"

@@ -33,6 +33,15 @@ FADE = SOUND_RATE // 200  # samples over which interrupted speech falls silent
 
 
 @dataclasses.dataclass(frozen=True)
+class Onset:
+    """How an utterance came to its first frame: moments of the engine's clock."""
+
+    pushed: float  # its first sound
+    begun: float  # the chunk in which it is
+    made: float  # that chunk's frames
+
+
+@dataclasses.dataclass(frozen=True)
 class Frame:
     """A picture and the sound beside it."""
 
@@ -43,6 +52,7 @@ class Frame:
     ends: bool  # the utterance ends here
     media_time: float  # seconds since the stream began
     at: float  # when it leaves, by the engine's clock
+    onset: Onset | None = None  # of an utterance whose first frame this is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +77,14 @@ class Figures:
 class LiveSession:
     """Made by `Engine.open`."""
 
-    def __init__(self, engine: "Engine"):
-        self._engine, self.model = engine, engine.model
+    def __init__(self, engine: "Engine", first_frame: int = 0):
+        self._engine, self.model, self._first_frame = engine, engine.model, first_frame
         self.voice = Voice(engine.model.sample_rate)
         self.figures = Figures()
         self._lock = threading.Lock()
         self._state: State = None
         self._said: Said | None = None
+        self._said_at = 0.0
         self._changes: list[tuple[Change, Future]] = []
         self._waiting: deque[Frame] = deque()
         self._begun_at: float | None = None  # when frame 0 leaves; None until frames are asked for
@@ -94,7 +105,7 @@ class LiveSession:
         Raises:
           ValueError, VoiceFull: see `Voice.push`.
         """
-        self.voice.push(pcm, sample_rate)
+        self.voice.push(pcm, sample_rate, self._engine.clock())
 
     async def end_utterance(self) -> None:
         """What was pushed is complete: its last piece need not wait for more."""
@@ -205,10 +216,11 @@ class LiveSession:
         state, self._state = self._state, None
         for change, landed in changes:
             state = change(state)
-            landed.set_result(self.figures.chunks * self._engine.chunk_seconds)
+            if landed.set_running_or_notify_cancel():  # whoever asked may be gone
+                landed.set_result(self._first_frame / self.model.fps + self.figures.chunks * self._engine.chunk_seconds)
         said = self.voice.take(self.model.chunk_samples(self.figures.chunks))
         with self._lock:
-            self._said = said
+            self._said, self._said_at = said, self._engine.clock()
         return state, self.figures.chunks, said.speech
 
     def deliver(self, state: State, pictures: UInt8[np.ndarray, "t h w 3"], now: float) -> None:
@@ -229,8 +241,9 @@ class LiveSession:
             for j, (begin, end) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
                 spoken = max(0, min(end, said.spoken) - begin)
                 ends = said.ends and begin < said.spoken <= end or said.ends and said.spoken == 0 and j == 0
-                number = first + j
-                self._waiting.append(Frame(number, pictures[j], said.sound[begin:end], spoken, ends, number / fps, self._begun_at + number / fps))
+                number = self._first_frame + first + j
+                onset = Onset(said.pushed, self._said_at, now) if j == 0 and said.pushed is not None and spoken else None
+                self._waiting.append(Frame(number, pictures[j], said.sound[begin:end], spoken, ends, number / fps, self._begun_at + (first + j) / fps, onset))
             self.figures.chunks += 1
             while len(self._waiting) > BACKLOG * fps + count and self._waiting[0].at < now - BACKLOG:
                 self._waiting.popleft()
@@ -243,7 +256,8 @@ class LiveSession:
             self._closed, self._error = True, error
             changes, self._changes = self._changes, []
         for _, landed in changes:
-            landed.cancel()
+            if landed.set_running_or_notify_cancel():
+                landed.set_exception(RuntimeError("the session has ended"))
         self._notify()
 
     async def _change(self, prepare, value) -> float:
@@ -256,7 +270,7 @@ class LiveSession:
             self._changes.append((change, landed))
             waits = self._begun_at is not None
         if not waits:  # nobody takes frames: it shows from the first one on
-            return 0.0
+            return self._first_frame / self.model.fps
         return await asyncio.wrap_future(landed)
 
     def _notify(self) -> None:

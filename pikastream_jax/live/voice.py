@@ -31,6 +31,7 @@ class Said:
     sound: Float32[np.ndarray, " m"]  # the same stretch at SOUND_RATE
     spoken: int  # samples of `sound`, from its start, that were pushed; the rest is silence
     ends: bool  # an utterance ends in this chunk
+    pushed: float | None = None  # when the first sound was, of an utterance that begins in this chunk
 
 
 @dataclasses.dataclass
@@ -40,6 +41,7 @@ class _Utterance:
     sound: list[np.ndarray] = dataclasses.field(default_factory=list)
     samples: int = 0  # of `sound`
     over: bool = False
+    pushed: float | None = None  # when its first sound was, until that is taken
 
 
 class Voice:
@@ -64,8 +66,11 @@ class Voice:
         self._heard = np.zeros(0, np.float32)  # at the model's rate, of sound that is not taken yet
         self._lock = threading.Lock()
 
-    def push(self, samples: Float32[np.ndarray, " n"], rate: int) -> None:
+    def push(self, samples: Float32[np.ndarray, " n"], rate: int, now: float = 0.0) -> None:
         """Adds to the utterance that is under way, or begins one.
+
+        Args:
+          now: seconds of any clock, to tell how long an utterance waited.
 
         Raises:
           ValueError: a rate that no sound has, another rate in mid-utterance, or samples that are no numbers.
@@ -77,12 +82,14 @@ class Voice:
         if not np.isfinite(samples).all():
             raise ValueError("the sound holds values that are no numbers: send finite samples in [-1, 1]")
         samples = np.clip(samples, -1.0, 1.0)
+        if not len(samples):
+            return
         with self._lock:
             if self._seconds() + len(samples) / rate > self._limit:
                 raise VoiceFull(f"{self._seconds():.0f} s of speech wait already, the limit is {self._limit:.0f} s: send it as it is spoken, or wait")
             if self._to_sound is None:
                 self._to_sound, self._rate = StreamResampler(rate, SOUND_RATE, 1), rate
-                self._waiting.append(_Utterance())
+                self._waiting.append(_Utterance(pushed=now))
             elif rate != self._rate:
                 raise ValueError(f"this utterance began with {self._rate} Hz and goes on with {rate} Hz: end it first")
             self._add(self._to_sound.push(samples[:, None])[:, 0])
@@ -111,13 +118,14 @@ class Voice:
         size = model_samples * (SOUND_RATE // self._model_rate)
         with self._lock:
             sound, ends = np.zeros(size, np.float32), False
-            spoken = 0
+            spoken, pushed = 0, None
             if self._waiting:
                 utterance = self._waiting[0]
                 if utterance.over or utterance.samples >= size:
                     pieces = np.concatenate([*utterance.sound, np.zeros(0, np.float32)])
                     taken, rest = pieces[:size], pieces[size:]
                     spoken = len(taken)
+                    pushed, utterance.pushed = utterance.pushed, None
                     sound[:spoken] = taken
                     utterance.sound, utterance.samples = [rest], len(rest)
                     if utterance.over and not len(rest):
@@ -128,7 +136,7 @@ class Voice:
             speech, self._heard = self._heard[:model_samples], self._heard[model_samples:]
             if len(speech) < model_samples:  # the resampler holds back up to 2 ms, once
                 speech = np.pad(speech, (model_samples - len(speech), 0))
-            return Said(speech, sound, spoken, ends)
+            return Said(speech, sound, spoken, ends, pushed)
 
     def _add(self, sound: Float32[np.ndarray, " n"]) -> None:
         self._waiting[-1].sound.append(np.ascontiguousarray(sound))

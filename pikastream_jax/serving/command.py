@@ -52,9 +52,12 @@ class Options:
     listen: str | None = None
     """instead of --audio: serve live sessions at HOST:PORT (127.0.0.1:8080 where none is named; any other host needs a token in PIKASTREAM_TOKEN)"""
     sessions: int | None = None
-    """most live sessions (default: as many as this machine serves in real time)"""
+    """most live sessions (default: as many as this machine serves in real time; with --ray: of each replica, 1)"""
     rows: int = 1
     """live sessions made together in one step; more than 1 pays on a GPU"""
+    ray: str | None = None
+    """live sessions on replicas of Ray Serve, a process and an accelerator each: how many, or least:most to follow the sessions; on the cluster
+    that RAY_ADDRESS names, else on this machine"""
     origin: tuple[str, ...] = ()
     """other sites whose pages may use the live service, such as https://example.org"""
     label: bool = True
@@ -71,8 +74,9 @@ class Options:
     """expression, gaze and movement, in words"""
     seed: int = 0
     """another seed: other head movement and blinks, the same lips"""
-    output: str = "-"
-    """- (MPEG-TS on standard output), FILE.mp4, FILE.ts, or rtp://HOST:PORT (sound at PORT + 2; implies --realtime)"""
+    output: str | None = None
+    """- (MPEG-TS on standard output, the default of --audio), FILE.mp4, FILE.ts, or rtp://HOST:PORT (sound at PORT + 2; implies --realtime);
+    with --listen: - or rtp://HOST:PORT, for a session that begins with the server"""
     fps: float | None = None
     """frames per second put out, by repeating or dropping (default: the model's)"""
     size: int | None = None
@@ -102,6 +106,15 @@ class Options:
             raise ServeError("give --audio FILE for one stream, or --listen for live sessions" + ("" if self.audio is None else ", not both"))
         if self.sessions is not None and self.sessions < 1 or self.rows < 1:
             raise ServeError(f"--sessions {self.sessions} and --rows {self.rows} must be at least 1")
+        if self.listen is not None:
+            for name in ("fps", "size", "realtime", "metrics"):
+                if getattr(self, name):
+                    raise ServeError(f"--{name} goes with --audio: a live session has the model's size and pace, and its figures at /metrics")
+            if self.ray is not None and self.output is not None:
+                raise ServeError("--output goes with one engine, not with --ray: watch a session by RTP or stream.ts")
+            for name in ("image", "avatar"):
+                if self.output is None and getattr(self, name) is not None:
+                    raise ServeError(f"--{name} goes with --audio or with --listen --output: live sessions choose their faces themselves")
         if self.image is not None and self.avatar is not None:
             raise ServeError("give --image or --avatar, not both")
         if not 0 <= self.seed < 2**32:
@@ -122,7 +135,12 @@ class Options:
     @property
     def over_rtp(self) -> bool:
         """Whether the output is a network stream."""
-        return self.output.startswith("rtp:")
+        return self.target.startswith("rtp:")
+
+    @property
+    def target(self) -> str:
+        """Where the stream of --audio goes."""
+        return "-" if self.output is None else self.output
 
 
 def main(argv: Sequence[str] | None = None, load_generator: Callable[..., Generator] | None = None) -> int:
@@ -235,7 +253,22 @@ def _listen(options: Options) -> int:
     from pikastream_jax.live.listen import ListenOptions, listen
 
     asked = ListenOptions(
-        options.listen, options.weights, options.stream, options.sessions, options.rows, options.origin, options.label, options.numbers, options.record
+        address=options.listen,
+        weights=options.weights,
+        stream=options.stream,
+        sessions=options.sessions,
+        rows=options.rows,
+        origins=options.origin,
+        label=options.label,
+        numbers=options.numbers,
+        recordings=options.record,
+        ray=options.ray,
+        output=options.output,
+        sdp=options.sdp,
+        image=options.image,
+        avatar=options.avatar,
+        prompt=options.prompt,
+        seed=options.seed,
     )
     return listen(asked, _say)
 
@@ -254,7 +287,7 @@ def output_size(height: int, width: int, shorter: int | None) -> tuple[int, int]
 
 def _check_output(options: Options):
     """Complains early; returns the destination of an RTP stream."""
-    written = [options.metrics, options.sdp if options.over_rtp else None if options.output == "-" else Path(options.output)]
+    written = [options.metrics, options.sdp if options.over_rtp else None if options.target == "-" else Path(options.target)]
     for path in filter(None, written):
         for name in ("audio", "image", "weights"):
             with contextlib.suppress(OSError):
@@ -264,11 +297,11 @@ def _check_output(options: Options):
         check_writable(options.metrics)
     if options.over_rtp:
         check_writable(options.sdp)
-        return parse_destination(options.output)
-    if options.output == "-":
+        return parse_destination(options.target)
+    if options.target == "-":
         check_stdout()
     else:
-        check_file(Path(options.output))
+        check_file(Path(options.target))
     return None
 
 
@@ -277,9 +310,9 @@ def _open_output(options: Options, destination, media: MediaFormat) -> Output:
         output = RtpOutput(destination, options.sdp, media)
         _say(f"sending; watch with: ffplay -protocol_whitelist file,udp,rtp {options.sdp}")
         return output
-    if options.output == "-":
+    if options.target == "-":
         return PipeOutput(media, stdout_writer())
-    return FileOutput(Path(options.output), media)
+    return FileOutput(Path(options.target), media)
 
 
 def _conclude(options: Options, meter: Meter) -> int:
@@ -291,7 +324,7 @@ def _conclude(options: Options, meter: Meter) -> int:
     if meter.end == "interrupted" and not meter.frames:
         return _say_error("interrupted before the first frame; nothing was written", INTERRUPTED)
     note = "" if meter.end == "finished" else f" ({meter.end})"
-    where = "" if options.output == "-" else f" -> {options.output}"
+    where = "" if options.target == "-" else f" -> {options.target}"
     _say(
         f"{meter.video_seconds:.2f} s of video in {meter.elapsed:.2f} s: {meter.frames / meter.elapsed:.1f} FPS, "
         f"real-time factor {meter.real_time_factor:.2f}{where}{note}"

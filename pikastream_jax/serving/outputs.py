@@ -13,10 +13,10 @@ from pikastream_jax.serving.encode import MediaFormat, add_audio, add_video
 from pikastream_jax.serving.errors import ReaderClosed, ServeError
 
 # Every packet leaves when it is muxed: no waiting for a full buffer, nor (microseconds) for the other stream's next.
-_LIVE = {"flush_packets": "1", "max_interleave_delta": "1", "pes_payload_size": "0"}
+LIVE = {"flush_packets": "1", "max_interleave_delta": "1", "pes_payload_size": "0"}
 _FILES = {
     ".mp4": ("mp4", {"movflags": "faststart"}),
-    ".ts": ("mpegts", _LIVE),
+    ".ts": ("mpegts", LIVE),
 }
 
 
@@ -41,8 +41,8 @@ class PipeOutput:
     """MPEG-TS into a file descriptor."""
 
     def __init__(self, media: MediaFormat, write: Callable[[bytes], None]):
-        self._write, self._pending = write, _Collector()
-        self._container = av.open(self._pending, "w", format="mpegts", options=_LIVE)
+        self._write, self._pending = write, Collector()
+        self._container = av.open(self._pending, "w", format="mpegts", options=LIVE)
         self.video = add_video(self._container, media)
         self.audio = add_audio(self._container, media, "aac")
         self._container.start_encoding()
@@ -165,7 +165,7 @@ def stdout_writer() -> Callable[[bytes], None]:
     return write
 
 
-class _Collector:
+class Collector:
     """A file for PyAV to write into."""
 
     def __init__(self):

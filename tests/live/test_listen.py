@@ -15,7 +15,7 @@ import sys
 sys.path[:0] = ["tests/live", "."]
 from fake_model import FakeModel
 from pikastream_jax.live.listen import ListenOptions, listen
-sys.exit(listen(ListenOptions("127.0.0.1:0", None, {}), lambda text: print(text, flush=True), FakeModel(size=256)))
+sys.exit(listen(ListenOptions("127.0.0.1:0", None, {}), lambda text: print(text, flush=True), lambda: FakeModel(size=256)))
 """
 
 

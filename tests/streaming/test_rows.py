@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from pikastream_jax.live.model import StreamModel
 from pikastream_jax.streaming.generator import Generator
 from pikastream_jax.streaming.package import Package
 from pikastream_jax.streaming.rows import RowStepper
@@ -71,3 +72,13 @@ def test_what_does_not_fit_is_refused(generator):
     state = starts(generator, (0,))[0]
     with pytest.raises(ValueError, match="chunk 0 takes"):
         stepper.step([(state, 0, np.zeros(3, np.float32))])
+
+
+def test_a_live_stream_is_the_one_that_goes_to_a_file(generator):
+    """`serve.py --audio` and `--listen` differ in when chunks are made, not in what they are."""
+    image = np.random.default_rng(0).integers(0, 255, (generator.height, generator.width, 3), np.uint8)
+    session, model = generator.session(image, "a person smiling", 3), StreamModel(generator)
+    state = model.start(image, "a person smiling", 3)
+    for chunk in range(4):
+        (state,), frames = model.step([(state, chunk, sound(generator, 7, chunk))])
+        np.testing.assert_array_equal(frames[0], np.asarray(session.step(sound(generator, 7, chunk))))

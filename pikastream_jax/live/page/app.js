@@ -185,6 +185,7 @@ async function figures() {
 async function voiceSocket(rate) {
   const socket = new WebSocket(socketAddress(`/api/sessions/${session}/audio?rate=${rate}`));
   socket.onmessage = ({ data }) => { const { error } = JSON.parse(data); if (error) say(error); };
+  socket.onclose = () => { if (audioSocket === socket) audioSocket = null; };
   await new Promise((resolve, reject) => { socket.onopen = resolve; socket.onerror = () => reject(new Error("the voice did not get through")); });
   return socket;
 }
@@ -230,4 +231,4 @@ $("ideas").replaceChildren(...IDEAS.map((idea) => {
 }));
 drawAvatars().catch((error) => say(error.message));
 // For whoever drives the page from outside.
-window.pikastream = { get session() { return session; }, get viewer() { return viewer; } };
+window.pikastream = { get session() { return session; }, get viewer() { return viewer; }, get peer() { return peer; } };
