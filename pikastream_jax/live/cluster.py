@@ -90,8 +90,8 @@ class Cluster:
             application = serve.status().applications.get(APP)
             messages = [one.message for one in application.deployments.values()] if application else []
             self.close()
-            lines = [line for line in "\n".join([*messages, str(error)]).splitlines() if "Error: " in line] or [str(error).splitlines()[-1]]
-            raise ServeError(f"--ray: no replica comes up: {lines[0].strip()}") from error
+            lines = [line for line in "\n".join([*messages, str(error)]).splitlines() if "Error: " in line and "Traceback" not in line] or [str(error).splitlines()[-1]]
+            raise ServeError(f"--ray: no replica comes up: {lines[-1].strip()}") from error
         except BaseException:  # Ctrl-C too
             self.close()
             raise

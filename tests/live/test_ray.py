@@ -2,12 +2,14 @@
 
 import asyncio
 import http.client
+import os
 import re
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -15,27 +17,33 @@ import pytest
 from aiohttp import ClientSession, WSMsgType
 from service import form, png
 
-from pikastream_jax.streaming.package import save_package
-from pikastream_jax.text import Tokenizer
-from tests.small import small_config, small_models
-
 pytestmark = pytest.mark.ray
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("small") / "small.safetensors"
-    config = small_config()
-    words = Tokenizer.learn(["a person smiling"], config.text.vocabulary, config.text.length)
-    save_package(path, config, small_models(config)[1], words, {})
-    return path
+SERVER = """
+import sys
+from small_model import build
+from pikastream_jax.live.listen import ListenOptions, listen
+from pikastream_jax.serving.errors import ServeError
+options = ListenOptions("127.0.0.1:0", None, {}, sessions=int(sys.argv[2]), label=False, ray=sys.argv[1])
+try:
+    sys.exit(listen(options, lambda text: print(text, file=sys.stderr, flush=True), build))
+except ServeError as error:
+    sys.exit(f"error: {error}")
+"""
 
 
-def start(weights, *arguments):
-    """A server, and its address."""
-    command = [sys.executable, "serve.py", "--listen", "127.0.0.1:0", "--no-label", "--weights", str(weights), *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    said = []
+def serve(replicas, sessions=1, **more):
+    """The process of a server. Ray's workers find the model by PYTHONPATH, which they inherit."""
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests/live'}"}
+    environment.pop("RAY_ADDRESS", None)
+    return subprocess.Popen([sys.executable, "-c", SERVER, replicas, str(sessions)], stderr=subprocess.PIPE, text=True, env=environment, **more)
+
+
+def start(replicas):
+    """A server that is up, and its address."""
+    process, said = serve(replicas), []
     for line in process.stderr:
         said.append(line)
         if found := re.search(r"listening at (http://\S+)/", line):
@@ -45,8 +53,8 @@ def start(weights, *arguments):
 
 
 @pytest.fixture(scope="module")
-def address(weights):
-    process, at = start(weights, "--ray", "3")
+def address():
+    process, at = start("3")
     yield at
     process.terminate()
     assert process.wait(60) == 0
@@ -212,8 +220,8 @@ def test_speech_and_media_pass_through(address):
     asyncio.run(run())
 
 
-def test_another_replica_comes_when_slots_are_taken(weights):
-    process, at = start(weights, "--ray", "1:2")
+def test_another_replica_comes_when_slots_are_taken():
+    process, at = start("1:2")
 
     async def run():
         async with ClientSession(at) as client:
@@ -234,9 +242,9 @@ def test_another_replica_comes_when_slots_are_taken(weights):
         process.wait(60)
 
 
-def test_more_slots_than_a_machine_holds_are_refused_at_the_start(weights):
-    command = [sys.executable, "serve.py", "--listen", "127.0.0.1:0", "--no-label", "--weights", str(weights), "--ray", "1", "--sessions", "100000"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1
-    assert re.search(r"error: --ray: no replica comes up: .*this machine holds \d+ sessions in real time", done.stderr)
-    assert "Traceback" not in done.stderr
+def test_more_slots_than_a_machine_holds_are_refused_at_the_start():
+    process = serve("1", 100_000)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 1
+    assert re.search(r"error: --ray: no replica comes up: .*this machine holds \d+ sessions in real time", said)
+    assert "Traceback" not in said
