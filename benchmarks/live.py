@@ -115,7 +115,15 @@ def _swaps(page, path: str, session: str, count: int) -> dict:
     A picture shows the new face when it is nearer to what is shown two seconds later than to what was shown before the request.
     """
     names = page.evaluate("fetch('/api/avatars').then((answer) => answer.json())")
-    late, seen, landed, step, usual = get(path)["figures"]["late_frames"], [], [], [], []
+    seen, landed, step, usual = [], [], [], []
+    late = [get(path)["figures"]["late_frames"]]
+    for _ in range(count):  # the same without a swap: looking at every picture takes time of the same cores
+        page.evaluate(live_page.PUSH, [session, 4.0])
+        page.evaluate("() => { window.pictures = []; }")
+        time.sleep(3.5)
+        page.evaluate("() => { window.pictures = null; }")
+        time.sleep(1.0)
+    late.append(get(path)["figures"]["late_frames"])
     for turn in range(count):
         page.evaluate(live_page.PUSH, [session, 4.0])
         page.evaluate("() => { window.pictures = []; }")
@@ -136,7 +144,8 @@ def _swaps(page, path: str, session: str, count: int) -> dict:
     return {
         "seen_after_ms": percentiles(seen),
         "answered_after_ms": percentiles(landed),
-        "late_frames": get(path)["figures"]["late_frames"] - late,
+        "late_frames": get(path)["figures"]["late_frames"] - late[1],
+        "late_frames_in_as_long_without": late[1] - late[0],
         "largest_step_of_the_difference": round(max(step), 2) if step else None,
         "usual_step_of_the_difference": round(float(np.mean(usual)), 2) if usual else None,
     }
