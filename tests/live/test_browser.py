@@ -16,7 +16,7 @@ import sys
 sys.path[:0] = ["tests/live", "."]
 from fake_model import FakeModel
 from pikastream_jax.live.listen import ListenOptions, listen
-sys.exit(listen(ListenOptions("127.0.0.1:0", None, {}, sessions=1, numbers=True), lambda text: print(text, flush=True), FakeModel(seconds=0.01, size=256)))
+sys.exit(listen(ListenOptions("127.0.0.1:0", None, {}, sessions=1, numbers=True), lambda text: print(text, flush=True), lambda: FakeModel(seconds=0.01, size=256)))
 """
 COLOUR = """() => {
   const video = document.getElementById("video"), canvas = document.createElement("canvas");
@@ -104,7 +104,7 @@ def test_face_and_prompt_change_while_it_plays(page, tmp_path):
     page.wait_for_function(f"({COLOUR})()[1] > 120", timeout=WAIT)  # green is the prompt's length
     told = report(page)
     assert told["prompt"] == "p" * 200 and told["avatar"] == page.get_attribute("#avatars button:nth-child(3)", "title")
-    assert told["figures"]["late_frames"] == 0
+    assert told["figures"]["lost_frames"] == 0
 
 
 def test_the_microphone_is_heard(page):
