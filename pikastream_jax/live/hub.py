@@ -194,6 +194,8 @@ class Hub:
         _check_prompt(wanted.prompt)
         if not 0 <= wanted.seed < 2**32:
             raise Refused(422, f"seed {wanted.seed} is out of range: use 0 to {2**32 - 1}")
+        if (former := self.rooms.get(wanted.name)) is not None:  # begun anew where it still is: its place is the one it gets
+            await self.close(former)
         if sum(room.wanted.client == wanted.client for room in self.rooms.values()) + self._opening.count(wanted.client) >= self.limits.sessions_per_client:
             raise Refused(429, f"{self.limits.sessions_per_client} sessions of one client are the most: end one first", 10)
         self._opening.append(wanted.client)
@@ -211,8 +213,6 @@ class Hub:
         if wanted.image is None and wanted.avatar is None:
             wanted = dataclasses.replace(wanted, avatar=avatar_names()[0])
         room = Room(session, wanted, self._label, self._numbers)
-        if (former := self.rooms.pop(room.id, None)) is not None:  # it is begun anew where it still is
-            await self.close(former)
         self.rooms[room.id] = room
         if self._recordings is not None:
             room.record(self._recordings)

@@ -1,7 +1,7 @@
 """One engine as a replica of Ray Serve: a process that owns one accelerator, with a server of its own.
 
 A session is one request that lasts as long as the session. So everything that Ray Serve does with requests, it does with sessions: it places them where the
-fewest are, never more than there are slots, adds replicas when slots fill and takes away those that are empty, waits for sessions before it stops
+fewest are, never more than there are slots, adds replicas when slots fill and takes some away when they do not, waits for sessions before it stops
 a replica, and says at once when a replica has died with its sessions. Media and everything else goes to the replica's own server, past Ray.
 """
 

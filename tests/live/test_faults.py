@@ -92,7 +92,10 @@ def test_a_session_goes_on_elsewhere_as_it_was():
         report = await until(client, path, lambda report: report["figures"]["frames"] >= 4)
         assert again.id == room.id and report["avatar"] == "ada" and report["prompt"] == "a person looking sad"
         assert report["media_seconds"] == pytest.approx(wanted.media_time + report["figures"]["frames"] / 25, abs=0.05)
+        once_more = await hub.open(again.wanted)  # where it still is, in its own place
+        assert list(hub.rooms.values()) == [once_more] and len(hub.engine.sessions) == 1
+        again = once_more
         changed = await hub.set_prompt(again, "a person")
         assert changed > wanted.media_time
 
-    served(run)
+    served(run, sessions=1)
