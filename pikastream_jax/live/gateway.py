@@ -241,16 +241,14 @@ def gateway_application(handle: Any, secret: str, access: Access, limits: Limits
     """The service of all replicas; its routes are those of one (`server.application`)."""
     app = web.Application(client_max_size=limits.image_bytes + 2**16, middlewares=[errors, access.middleware])
 
-    async def gateway(app: web.Application):
+    async def begin(app: web.Application):
         app[_GATEWAY] = Gateway(handle, secret, limits, slots, replicas)
-        yield
+
+    async def end(app: web.Application):
         await app[_GATEWAY].shut()
 
-    async def end_sessions(app: web.Application):  # first: their viewers' requests are waited for
-        await app[_GATEWAY].shut()
-
-    app.cleanup_ctx.append(gateway)
-    app.on_shutdown.append(end_sessions)
+    app.on_startup.append(begin)
+    app.on_shutdown.append(end)  # and not on_cleanup: before that, the requests of viewers are waited for
     app.add_routes(
         [
             *page_routes(),

@@ -28,16 +28,14 @@ def application(
     """
     app = web.Application(client_max_size=limits.image_bytes + 2**16, middlewares=[errors, access.middleware])
 
-    async def hub(app: web.Application):
+    async def begin(app: web.Application):
         app[HUB] = Hub(engine, limits, label=label, numbers=numbers, recordings=recordings, behind_gateway=behind_gateway)
-        yield
+
+    async def end(app: web.Application):
         await app[HUB].shut()
 
-    async def end_sessions(app: web.Application):  # first: their viewers' requests are waited for
-        await app[HUB].shut()
-
-    app.cleanup_ctx.append(hub)
-    app.on_shutdown.append(end_sessions)
+    app.on_startup.append(begin)
+    app.on_shutdown.append(end)  # and not on_cleanup: before that, the requests of viewers are waited for
     app.add_routes(
         [
             *page_routes(),
