@@ -63,15 +63,14 @@ class StreamModel:
         self._install_reference = jax.jit(install_reference, donate_argnums=0)
 
     def start(self, image: UInt8[np.ndarray, "h w 3"], prompt: str, seed: int) -> State:
-        reference, _ = self._generator.encode_reference(image)
-        return self._generator.start(reference, self._generator.encode_prompt(prompt), seed)
+        return self._generator.start(self._generator.encode_reference(image), self._generator.encode_prompt(prompt), seed)
 
     def prompt_change(self, prompt: str) -> Change:
         encoded = jax.block_until_ready(self._generator.encode_prompt(prompt))
         return lambda state: self._install_prompt(state, *encoded)
 
     def reference_change(self, image: UInt8[np.ndarray, "h w 3"]) -> Change:
-        reference, _ = jax.block_until_ready(self._generator.encode_reference(image))
+        reference = jax.block_until_ready(self._generator.encode_reference(image))
         return lambda state: self._install_reference(state, reference.keys_values)
 
     def step(self, streams: Sequence[tuple[State, int, Float32[np.ndarray, " n"]]]) -> tuple[list[State], UInt8[np.ndarray, "b t h w 3"]]:

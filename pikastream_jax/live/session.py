@@ -4,6 +4,8 @@ This is the seam that everything else plugs into: the server's transports, agent
 engine's thread hands chunks over.
 
 - Without speech the face listens.
+- A word that finds the face listening does not wait for the frames of silence that are made already: every second one of them is left out (at
+  the most), and the next chunk is begun and shown by as much earlier. So the face moves at up to twice its speed for a few frames, and nothing jumps.
 - A frame leaves at its moment on the media clock, never before. Whoever takes frames more slowly than they come loses the oldest: at
   most `BACKLOG` seconds of them wait.
 - Speech waits without limit of speed, up to `voice.LIMIT` seconds; more is refused.
@@ -13,6 +15,7 @@ engine's thread hands chunks over.
 
 import asyncio
 import dataclasses
+import math
 import threading
 from collections import deque
 from collections.abc import AsyncIterator
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     from pikastream_jax.live.engine import Engine
 
 BACKLOG = 1.0  # seconds
+TOLERATED = 0.1  # seconds that a chunk may come late and the clock stay: to a player it is jitter, where a clock that moves pulls sound and picture apart
+AHEAD = 0.06  # seconds of sound, more than a chunk, that must be there of speech that comes as it is spoken: what is hurried must not run dry
 FADE = SOUND_RATE // 200  # samples over which interrupted speech falls silent
 
 
@@ -71,6 +76,7 @@ class Figures:
     chunks: int = 0
     late_frames: int = 0  # that were made after their moment
     lost_frames: int = 0  # that nobody took in time
+    hurried_frames: int = 0  # of silence, left out so that a word came sooner
     stalled: float = 0.0  # seconds by which the clock was moved
 
 
@@ -106,10 +112,12 @@ class LiveSession:
           ValueError, VoiceFull: see `Voice.push`.
         """
         self.voice.push(pcm, sample_rate, self._engine.clock())
+        self._engine.wake()
 
     async def end_utterance(self) -> None:
         """What was pushed is complete: its last piece need not wait for more."""
         self.voice.end()
+        self._engine.wake()
 
     async def interrupt(self) -> Interrupted:
         """Falls silent now; the face goes on."""
@@ -207,7 +215,38 @@ class LiveSession:
         """When the next chunk is to be begun; None while nobody takes frames."""
         if self._begun_at is None or self._state is None or self._closed:
             return None
-        return self._begun_at + self.figures.chunks * self._engine.chunk_seconds - self._engine.lead
+        return self._due() - self._engine.lead
+
+    def hurries(self, now: float) -> int:
+        """Frames of silence that may be left out, so that the word that waits comes by as much sooner; mostly 0."""
+        if self._closed or not self.voice.ready(self._engine.chunk_seconds + AHEAD):
+            return 0
+        with self._lock:
+            count = len(self._waiting)
+            if not count or any(frame.spoken or frame.ends for frame in self._waiting):
+                return 0
+            # The first stays, which may be on its way out, and enough of them to show until the next chunk is made.
+            kept = max(1, -(-count // 2), math.ceil((now + self._engine.lead - self._waiting[0].at) * self.model.fps))
+            return max(0, count - kept)
+
+    def hurry(self, left_out: int) -> None:
+        """Leaves out as many frames as `hurries` found, evenly."""
+        fps = self.model.fps
+        with self._lock:
+            count, first = len(self._waiting), self._waiting[0]
+            kept = [self._waiting[n * count // (count - left_out)] for n in range(count - left_out)]
+            self._waiting = deque(
+                dataclasses.replace(frame, number=first.number + n, media_time=(first.number + n) / fps, at=first.at + n / fps) for n, frame in enumerate(kept)
+            )
+            self.figures.hurried_frames += left_out
+
+    def _shown(self) -> int:
+        """Frames of all chunks so far, but for those left out."""
+        return self.figures.chunks * self.model.chunk_frames - self.figures.hurried_frames
+
+    def _due(self) -> float:
+        """When the next chunk's first frame leaves."""
+        return self._begun_at + self._shown() / self.model.fps
 
     def next_input(self) -> tuple[State, int, Float32[np.ndarray, " n"]]:
         """The state, with what was changed, the number of the chunk and its sound."""
@@ -217,7 +256,7 @@ class LiveSession:
         for change, landed in changes:
             state = change(state)
             if landed.set_running_or_notify_cancel():  # whoever asked may be gone
-                landed.set_result(self._first_frame / self.model.fps + self.figures.chunks * self._engine.chunk_seconds)
+                landed.set_result((self._first_frame + self._shown()) / self.model.fps)
         said = self.voice.take(self.model.chunk_samples(self.figures.chunks))
         with self._lock:
             self._said, self._said_at = said, self._engine.clock()
@@ -231,12 +270,12 @@ class LiveSession:
             said, self._said = self._said, None
             if self._closed:
                 return
-            first = self.figures.chunks * count
-            due = self._begun_at + first / fps
-            if (late := now - due) > 0:
+            first = self._shown()
+            if (late := now - self._due()) > 0:
                 self.figures.late_frames += min(count, int(late * fps) + 1)
-                self.figures.stalled += late
-                self._begun_at += late
+                if late > TOLERATED:
+                    self.figures.stalled += late
+                    self._begun_at += late
             cuts = np.round(np.arange(count + 1) * len(said.sound) / count).astype(int)
             for j, (begin, end) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
                 spoken = max(0, min(end, said.spoken) - begin)

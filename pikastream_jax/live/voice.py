@@ -113,6 +113,13 @@ class Voice:
         with self._lock:
             return self._seconds()
 
+    def ready(self, seconds: float) -> bool:
+        """Whether an utterance waits that has not begun, and is complete or has `seconds` of sound."""
+        with self._lock:
+            if not self._waiting or self._waiting[0].pushed is None:
+                return False
+            return self._waiting[0].over or self._waiting[0].samples >= seconds * SOUND_RATE
+
     def take(self, model_samples: int) -> Said:
         """The sound of the next chunk, silence included."""
         size = model_samples * (SOUND_RATE // self._model_rate)

@@ -29,7 +29,7 @@ class BatchStream:
         self.chunk = 0
         self.step_seconds: list[float] = []  # of every step so far; the first may compile
         starts = [
-            generator.start(generator.encode_reference(image)[0], generator.encode_prompt(prompt), seed)
+            generator.start(generator.encode_reference(image), generator.encode_prompt(prompt), seed)
             for image, prompt, seed in zip(images, prompts, seeds, strict=True)
         ]
         self._state = join_rows(starts)
@@ -56,7 +56,7 @@ class BatchStream:
 
     def swap_references(self, images: Sequence[UInt8[np.ndarray, "h w 3"]]) -> None:
         """From the next chunk on the streams show the people of these pictures."""
-        self._state = install_reference(self._state, _rows([self.generator.encode_reference(image)[0].keys_values for image in images]))
+        self._state = install_reference(self._state, _rows([self.generator.encode_reference(image).keys_values for image in images]))
 
     def swap_prompts(self, prompts: Sequence[str]) -> None:
         """From the next chunk on the streams follow these prompts."""

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from pikastream_jax.audio.slices import chunk_sample_counts, max_chunk_samples
 from pikastream_jax.dit.model import KeysValues
+from pikastream_jax.streaming.compiling import stream_options
 from pikastream_jax.streaming.package import Package, load_package
 from pikastream_jax.streaming.serving_form import serving_models, serving_params
 from pikastream_jax.streaming.state import (
@@ -48,14 +49,19 @@ class Generator:
             return generate_step(models, params, state, inputs)
 
         def encode_reference(params: ModelParams, image: UInt8[Array, "h w 3"]):
-            vae = models.flash_vae.bind(params.flash_vae)
-            still = image.astype(jnp.float32) / 127.5 - 1.0
-            video = jnp.broadcast_to(still, (1, config.flash_vae.temporal_stride, *still.shape))
-            latents, _ = vae.encode(video)
-            error = jnp.mean((jnp.clip(vae.decode(latents), -1.0, 1.0) - video) ** 2)
+            latents, _ = models.flash_vae.bind(params.flash_vae).encode(still_video(image))
             normalised = params.statistics.normalise(latents[:, 0])
             denoiser = models.denoiser.bind(params.denoiser)
-            return Reference(denoiser.dit.reference_keys_values(normalised), normalised), 10.0 * jnp.log10(4.0 / error)
+            return Reference(denoiser.dit.reference_keys_values(normalised), normalised)
+
+        def reference_psnr(params: ModelParams, image: UInt8[Array, "h w 3"], latents: Float[Array, "b r c z"]):
+            decoded = models.flash_vae.bind(params.flash_vae).decode(params.statistics.restore(latents)[:, None])
+            error = jnp.mean((jnp.clip(decoded, -1.0, 1.0) - still_video(image)) ** 2)
+            return 10.0 * jnp.log10(4.0 / error)
+
+        def still_video(image: UInt8[Array, "h w 3"]):
+            still = image.astype(jnp.float32) / 127.5 - 1.0
+            return jnp.broadcast_to(still, (1, config.flash_vae.temporal_stride, *still.shape))
 
         def start(params: ModelParams, rng: Array, reference: Reference, prompt: tuple[KeysValues, Array]):
             # Copies: a state is donated to its first step, and a prompt may begin many streams.
@@ -82,8 +88,9 @@ class Generator:
             return jnp.round((jnp.clip(out.reshape(frames.shape), -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
         # The step alone is donated its state: installing a reference or a prompt happens between two chunks.
-        self._step = jax.jit(step, donate_argnums=1)
-        self._encode_reference = jax.jit(encode_reference)
+        self._step = jax.jit(step, donate_argnums=1, compiler_options=stream_options())
+        self._encode_reference = jax.jit(encode_reference, compiler_options=stream_options())
+        self._reference_psnr = jax.jit(reference_psnr)
         self._encode_prompt = jax.jit(encode_prompt)
         self._start = jax.jit(start)
         self._reconstruct = jax.jit(reconstruct)
@@ -105,13 +112,16 @@ class Generator:
         """
         return Session(self, image, prompt, seed)
 
-    def encode_reference(self, image: UInt8[np.ndarray, "h w 3"]) -> tuple["Reference", float]:
-        """What a picture is to the DiT, and how well FlashVAE reproduces it, in dB."""
+    def encode_reference(self, image: UInt8[np.ndarray, "h w 3"]) -> "Reference":
+        """What a picture is to the DiT."""
         expected = (self.config.stream.height, self.config.stream.width, 3)
         if image.shape != expected:
             raise ValueError(f"the reference has shape {image.shape}, the model takes {expected}: resize it first")
-        reference, psnr = self._encode_reference(self.params, jnp.asarray(image))
-        return reference, float(psnr)
+        return self._encode_reference(self.params, jnp.asarray(image))
+
+    def reference_psnr(self, image: UInt8[np.ndarray, "h w 3"], reference: "Reference") -> float:
+        """How well FlashVAE reproduces the picture, in dB."""
+        return float(self._reference_psnr(self.params, jnp.asarray(image), reference.latents))
 
     def encode_prompt(self, prompt: str) -> tuple[KeysValues, Array]:
         """A prompt's keys and values, and how many tokens count; `with_gaze` adds eye contact where the prompt names no gaze."""
@@ -158,7 +168,8 @@ class Session:
     def __init__(self, generator: Generator, image: UInt8[np.ndarray, "h w 3"], prompt: str, seed: int):
         self._generator = generator
         self._chunk = 0
-        reference, self.reconstruction_psnr = generator.encode_reference(image)
+        reference = generator.encode_reference(image)
+        self.reconstruction_psnr = generator.reference_psnr(image, reference)
         self._state = generator.start(reference, generator.encode_prompt(prompt), seed)
 
     def step(self, audio: Float32[np.ndarray, " n"]) -> UInt8[Array, "t h w 3"]:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float32, UInt8
 
 from pikastream_jax.audio.slices import chunk_sample_counts, max_chunk_samples
+from pikastream_jax.streaming.compiling import stream_options
 from pikastream_jax.streaming.generator import Generator
 from pikastream_jax.streaming.state import StepInputs, StreamState, init_state, join_rows, split_rows
 from pikastream_jax.streaming.step import ModelParams, generate_step
@@ -34,7 +35,7 @@ class RowStepper:
             state, frames = generate_step(models, params, join_rows(states), inputs)
             return split_rows(state), frames
 
-        self._step = jax.jit(step, donate_argnums=1)
+        self._step = jax.jit(step, donate_argnums=1, compiler_options=stream_options())
         self._idle = [init_state(generator.config, 1) for _ in range(rows)]
 
     def step(

@@ -105,7 +105,7 @@ def test_a_rolling_stream_gives_its_frames_late_and_none_is_lost(load):
 
 
 def test_a_reference_and_a_prompt_may_begin_many_streams(generator):
-    reference, _ = generator.encode_reference(picture())
+    reference = generator.encode_reference(picture())
     prompt = generator.encode_prompt("smiling")
     first, second = (generator.start(reference, prompt, seed) for seed in (1, 1))
     audio = np.zeros((1, max_chunk_samples(CONFIG)), np.float32)

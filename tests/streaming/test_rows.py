@@ -21,7 +21,7 @@ def generator():
 def starts(generator, seeds):
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 255, (generator.height, generator.width, 3), np.uint8) for _ in seeds]
-    return [generator.start(generator.encode_reference(image)[0], generator.encode_prompt("a person" + " smiling" * seed), seed) for image, seed in zip(images, seeds, strict=True)]
+    return [generator.start(generator.encode_reference(image), generator.encode_prompt("a person" + " smiling" * seed), seed) for image, seed in zip(images, seeds, strict=True)]
 
 
 def sound(generator, seed, chunk):
