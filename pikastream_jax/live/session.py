@@ -91,6 +91,7 @@ class LiveSession:
         self._state: State = None
         self._said: Said | None = None
         self._said_at = 0.0
+        self._hurried = False  # since the last chunk
         self._changes: list[tuple[Change, Future]] = []
         self._waiting: deque[Frame] = deque()
         self._begun_at: float | None = None  # when frame 0 leaves; None until frames are asked for
@@ -219,7 +220,7 @@ class LiveSession:
 
     def hurries(self, now: float) -> int:
         """Frames of silence that may be left out, so that the word that waits comes by as much sooner; mostly 0."""
-        if self._closed or not self.voice.ready(self._engine.chunk_seconds + AHEAD):
+        if self._closed or self._hurried or not self.voice.ready(self._engine.chunk_seconds + AHEAD):
             return 0
         with self._lock:
             count = len(self._waiting)
@@ -239,6 +240,7 @@ class LiveSession:
                 dataclasses.replace(frame, number=first.number + n, media_time=(first.number + n) / fps, at=first.at + n / fps) for n, frame in enumerate(kept)
             )
             self.figures.hurried_frames += left_out
+            self._hurried = True
 
     def _shown(self) -> int:
         """Frames of all chunks so far, but for those left out."""
@@ -266,7 +268,7 @@ class LiveSession:
         """A chunk is made."""
         fps, count = self.model.fps, len(pictures)
         with self._lock:
-            self._state = state
+            self._state, self._hurried = state, False
             said, self._said = self._said, None
             if self._closed:
                 return
