@@ -6,6 +6,7 @@ is shown (`requestVideoFrameCallback`); the server says which number was the fir
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import socket
@@ -117,7 +118,7 @@ def _swaps(page, path: str, session: str, count: int) -> dict:
     names = page.evaluate("fetch('/api/avatars').then((answer) => answer.json())")
     seen, landed, step, usual = [], [], [], []
     late = {True: 0, False: 0}  # with a swap, and in as long without: looking at every picture takes time of the same cores
-    for turn, swaps in ((turn, swaps) for turn in range(count) for swaps in (False, True)):
+    for turn, swaps in itertools.product(range(count), (False, True)):
         page.evaluate(live_page.PUSH, [session, 4.0])
         page.evaluate("() => { window.pictures = []; }")
         time.sleep(1.0)

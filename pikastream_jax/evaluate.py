@@ -60,9 +60,11 @@ class Arguments:
     precision: str | None = None
     """Of weights and products: float32, bfloat16 or float8; the preset's by default."""
     schedule: str | None = None
-    steps: int | None = None
-    chunk: int | None = None
     """sequential or rolling; the preset's by default."""
+    steps: int | None = None
+    """Denoising steps of a chunk; the preset's by default."""
+    chunk: int | None = None
+    """Latent frames generated together; the preset's by default."""
     quick: bool = False
     """A minute's look with few clips and no long stream; its figures are rough."""
 
@@ -71,7 +73,7 @@ class Arguments:
             raise ValueError(f"--minutes-of-drift {self.minutes_of_drift} must be 0 or at least 1")
 
     @property
-    def stream(self) -> dict[str, str]:
+    def stream(self) -> dict[str, str | int]:
         """What differs from the way that the preset streams."""
         return {name: value for name in ("precision", "schedule", "steps", "chunk") if (value := getattr(self, name)) is not None}
 

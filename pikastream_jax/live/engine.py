@@ -204,12 +204,8 @@ class Engine:
     def _hurry(self, now: float) -> None:
         """Lets a session whose word waits go on sooner, where its step does not fall upon another session's."""
         for session in self._sessions:
-            if (moment := session.begins()) is None or not (frames := session.hurries(now)):
-                continue
-            sooner = max(now, moment - frames / self.model.fps)
             others = [at for other in self._sessions if other is not session and (at := other.begins()) is not None]
-            if all(abs(at - sooner) > self.steps.p95 for at in others):
-                session.hurry(frames)
+            session.hurry(now, lambda moment, others=others: all(abs(at - moment) > self.steps.p95 for at in others))
 
     def _step(self, due: list[LiveSession]) -> None:
         began = time.perf_counter()

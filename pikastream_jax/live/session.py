@@ -18,7 +18,7 @@ import dataclasses
 import math
 import threading
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -218,28 +218,29 @@ class LiveSession:
             return None
         return self._due() - self._engine.lead
 
-    def hurries(self, now: float) -> int:
-        """Frames of silence that may be left out, so that the word that waits comes by as much sooner; mostly 0."""
+    def hurry(self, now: float, fits: Callable[[float], bool]) -> None:
+        """Leaves out frames of silence, evenly, so that the word that waits comes by as much sooner; mostly there is nothing to do.
+
+        Args:
+          fits: whether the next chunk may be begun at such a moment.
+        """
         if self._closed or self._hurried or not self.voice.ready(self._engine.chunk_seconds + AHEAD):
-            return 0
-        with self._lock:
+            return
+        fps, lead = self.model.fps, self._engine.lead
+        with self._lock:  # all of it: frames leave meanwhile
             count = len(self._waiting)
             if not count or any(frame.spoken or frame.ends for frame in self._waiting):
-                return 0
+                return
+            first = self._waiting[0]
             # The first stays, which may be on its way out, and enough of them to show until the next chunk is made.
-            kept = max(1, -(-count // 2), math.ceil((now + self._engine.lead - self._waiting[0].at) * self.model.fps))
-            return max(0, count - kept)
-
-    def hurry(self, left_out: int) -> None:
-        """Leaves out as many frames as `hurries` found, evenly."""
-        fps = self.model.fps
-        with self._lock:
-            count, first = len(self._waiting), self._waiting[0]
-            kept = [self._waiting[n * count // (count - left_out)] for n in range(count - left_out)]
+            kept = max(1, math.ceil(count / 2), math.ceil((now + lead - first.at) * fps))
+            if kept >= count or not fits(first.at + kept / fps - lead):
+                return
             self._waiting = deque(
-                dataclasses.replace(frame, number=first.number + n, media_time=(first.number + n) / fps, at=first.at + n / fps) for n, frame in enumerate(kept)
+                dataclasses.replace(self._waiting[n * count // kept], number=first.number + n, media_time=(first.number + n) / fps, at=first.at + n / fps)
+                for n in range(kept)
             )
-            self.figures.hurried_frames += left_out
+            self.figures.hurried_frames += count - kept
             self._hurried = True
 
     def _shown(self) -> int:

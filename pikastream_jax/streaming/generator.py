@@ -48,6 +48,10 @@ class Generator:
         def step(params: ModelParams, state: StreamState, inputs: StepInputs):
             return generate_step(models, params, state, inputs)
 
+        def still_video(image: UInt8[Array, "h w 3"]):
+            still = image.astype(jnp.float32) / 127.5 - 1.0
+            return jnp.broadcast_to(still, (1, config.flash_vae.temporal_stride, *still.shape))
+
         def encode_reference(params: ModelParams, image: UInt8[Array, "h w 3"]):
             latents, _ = models.flash_vae.bind(params.flash_vae).encode(still_video(image))
             normalised = params.statistics.normalise(latents[:, 0])
@@ -58,10 +62,6 @@ class Generator:
             decoded = models.flash_vae.bind(params.flash_vae).decode(params.statistics.restore(latents)[:, None])
             error = jnp.mean((jnp.clip(decoded, -1.0, 1.0) - still_video(image)) ** 2)
             return 10.0 * jnp.log10(4.0 / error)
-
-        def still_video(image: UInt8[Array, "h w 3"]):
-            still = image.astype(jnp.float32) / 127.5 - 1.0
-            return jnp.broadcast_to(still, (1, config.flash_vae.temporal_stride, *still.shape))
 
         def start(params: ModelParams, rng: Array, reference: Reference, prompt: tuple[KeysValues, Array]):
             # Copies: a state is donated to its first step, and a prompt may begin many streams.

@@ -170,6 +170,17 @@ def test_after_a_stall_the_stream_is_moved_and_lags_no_more(engine_of):
     assert [frame.number for _, frame in found] == list(range(len(found)))
 
 
+@pytest.mark.parametrize(("late", "moved"), [(-0.01, 0.0), (0.09, 0.0), (0.11, 0.11), (2.0, 2.0)])
+def test_a_chunk_that_is_a_little_late_moves_no_clock(engine_of, late, moved):
+    session = engine_of(FakeModel()).open(picture(7))  # nobody takes frames, so the engine leaves it alone
+    state, _, _ = session.next_input()
+    session._begun_at = 100.0
+    session.deliver(state, np.zeros((4, 16, 16, 3), np.uint8), 100.0 + late)
+    assert [frame.at for frame in session._waiting] == pytest.approx([100.0 + moved + n / 25 for n in range(4)])
+    assert session.figures.stalled == pytest.approx(moved)
+    assert session.figures.late_frames == min(4, int(25 * late) + 1 if late > 0 else 0)
+
+
 def test_a_taker_who_sleeps_loses_the_oldest(engine_of):
     session = engine_of(FakeModel()).open(picture(7))
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pikastream_jax.live.engine import Engine
 from pikastream_jax.live.session import AHEAD, LiveSession
 
-PERIOD, COUNT, FPS = 0.16, 4, 25
+PERIOD, FPS = 0.16, 25
 
 
 def listening(lead: float, chunks: int, begun_at: float = 100.0):
@@ -32,6 +32,17 @@ def make(session, now):
     session.deliver(states[0], frames[0], now)
 
 
+def always(moment):
+    return True
+
+
+def hurried(session, now):
+    """Frames left out by this call."""
+    before = session.figures.hurried_frames
+    session.hurry(now, always)
+    return session.figures.hurried_frames - before
+
+
 def say(session, seconds, over=True):
     session.voice.push(np.full(round(16_000 * seconds), 0.5, np.float32), 16_000, session._engine.now)
     if over:
@@ -46,18 +57,20 @@ def test_frames_go_on_evenly_and_at_no_more_than_twice_the_speed(lead, chunks, s
     engine.now = now = session.begins() - sooner
     before, due = list(session._waiting), session.begins() + lead
     say(session, 0.4)
-    left_out = session.hurries(now)
+    moments = []
+    session.hurry(now, lambda moment: not moments.append(moment))
+    left_out = session.figures.hurried_frames
     assert 0 <= left_out <= len(before) // 2
     assert left_out / FPS < sooner + 1e-6, "no chunk is wanted before now"
-    if left_out:
-        session.hurry(left_out)
+    assert moments == ([pytest.approx(session.begins())] if left_out else [])
     after = list(session._waiting)
     assert [frame.number for frame in after] == list(range(shown, shown + len(before) - left_out))
     assert [frame.at for frame in after] == pytest.approx([before[0].at + n / FPS for n in range(len(after))])
     kept = [next(n for n, frame in enumerate(before) if frame.picture is one.picture) for one in after]
     assert kept[0] == 0 and max(np.diff([*kept, len(before)]), default=1) <= 2, "of two frames side by side one is shown"
     assert session.begins() + lead == pytest.approx(due - left_out / FPS)
-    assert not session.hurries(now + 1e-6), "once"
+    session.hurry(now, always)
+    assert session.figures.hurried_frames == left_out, "once"
     make(session, now)
     first = session._waiting[len(after)]
     assert first.spoken and first.number == after[-1].number + 1 and first.at == pytest.approx(after[-1].at + 1 / FPS)
@@ -67,15 +80,14 @@ def test_frames_go_on_evenly_and_at_no_more_than_twice_the_speed(lead, chunks, s
 def test_only_for_a_word_that_begins_and_will_not_run_dry():
     engine, session = listening(0.02, 2)
     engine.now = 100.0
-    assert not session.hurries(100.0), "nobody speaks"
+    assert not hurried(session, 100.0), "nobody speaks"
     say(session, PERIOD + AHEAD - 0.01, over=False)
-    assert not session.hurries(100.0), "it comes as it is spoken, and a chunk's worth is barely there"
+    assert not hurried(session, 100.0), "it comes as it is spoken, and a chunk's worth is barely there"
     say(session, 0.02, over=False)
-    assert session.hurries(100.0) == 4
+    assert hurried(session, 100.0) == 4
     make(session, 0.0)
     say(session, 1.0)
-    assert not session.hurries(100.0), "frames with its sound wait"
-    assert session.hurries(99.0) == session.hurries(101.0) == 0
+    assert not hurried(session, 100.0), "frames with its sound wait"
 
 
 def test_the_engine_lets_nobody_hurry_into_the_step_of_another():
@@ -83,7 +95,7 @@ def test_the_engine_lets_nobody_hurry_into_the_step_of_another():
     other = listening(0.02, 2, begun_at=100.0)[1]
     engine.now = 100.0
     say(session, 0.4)
-    frames = session.hurries(engine.now)
+    frames = 4  # of eight
     sooner = session.begins() - frames / FPS
     working = types.SimpleNamespace(_sessions=[session, other], model=session.model, steps=types.SimpleNamespace(p95=0.05))
     other._begun_at += sooner - other.begins() + 0.04
