@@ -32,6 +32,7 @@ LOAD = 0.85  # share of the time that steps may take: the rest is for encoding, 
 MARGIN = 1.25  # of a step's time at the 95th percentile, in `lead`
 TRIALS = 8  # steps that are timed at the start
 KEPT = 256  # steps whose times are remembered
+RETRY = 5.0  # seconds until steps are timed again, on a machine that was too slow for a single session when they were
 
 
 class EngineFull(Exception):
@@ -74,10 +75,8 @@ class Engine:
         self._sessions: list[LiveSession] = []
         self._closed = False
         self.failure: BaseException | None = None
-        self._seconds: deque[float] = deque(maxlen=KEPT)
+        self._trial, self._trials = self._compile(), 0
         self._measure()
-        self._turns = max(1, math.ceil(self.capacity / model.rows))  # steps between two of one session, when all places are taken
-        self.lead = self._lead()
         # What a swap takes to compute is done beside the steps, by one thread: two would only slow them down.
         self.background = ThreadPoolExecutor(1, thread_name_prefix="swaps")
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -162,24 +161,35 @@ class Engine:
         if self._closed:
             raise RuntimeError("the engine is closed")
 
-    def _measure(self) -> None:
-        """Compiles everything that a live stream runs, and times full steps."""
+    def _compile(self) -> list:
+        """Compiles everything that a live stream runs. Returns the streams on which steps are timed."""
         model = self.model
         blank = np.full((model.height, model.width, 3), 128, np.uint8)
         states = [model.start(blank, "", row) for row in range(model.rows)]
         change = model.prompt_change("a person talking"), model.reference_change(blank)
         states[0] = change[1](change[0](states[0]))
-        for chunk in range(TRIALS + 2):
-            sound = np.zeros(model.chunk_samples(chunk), np.float32)
+        return states
+
+    def _measure(self) -> None:
+        """Times full steps, and forgets all earlier times."""
+        seconds = []
+        for _ in range(TRIALS + 2):
+            sound = np.zeros(self.model.chunk_samples(self._trials), np.float32)
             began = time.perf_counter()
-            states, _ = model.step([(state, chunk, sound) for state in states])
-            if chunk >= 2:  # the first one compiles
-                self._seconds.append(time.perf_counter() - began)
+            self._trial, _ = self.model.step([(state, self._trials, sound) for state in self._trial])
+            seconds.append(time.perf_counter() - began)
+            self._trials += 1
+        self._seconds = deque(seconds[2:], maxlen=KEPT)  # the first one may compile
+        self._turns = max(1, math.ceil(self.capacity / self.model.rows))  # steps between two of one session, when all places are taken
+        self.lead = self._lead()
 
     def _work(self) -> None:
         try:
             while (due := self._due()) is not None:
-                self._step(due)
+                if due:
+                    self._step(due)
+                else:
+                    self._measure()
         except BaseException as error:  # carried to whoever waits for frames
             _log.exception("the engine has failed")
             with self._changed:
@@ -189,7 +199,10 @@ class Engine:
                 session.ended(error)
 
     def _due(self) -> list[LiveSession] | None:
-        """Sessions whose next chunk is to be begun, as many as a step takes, the most urgent first; None when the engine is closed."""
+        """Sessions whose next chunk is to be begun, as many as a step takes, the most urgent first; None when the engine is closed.
+
+        Empty where no session could be admitted and so no step would ever show that the machine is free again.
+        """
         with self._changed:
             while not self._closed:
                 now = self.clock()
@@ -198,7 +211,9 @@ class Engine:
                 due = [self._sessions[number] for moment, number in waiting if moment <= now]
                 if due:
                     return due[: self.model.rows]
-                self._changed.wait(waiting[0][0] - now if waiting else None)
+                refusing = not self._sessions and not self.capacity
+                if not self._changed.wait(RETRY if refusing else waiting[0][0] - now if waiting else None) and refusing and not self._sessions:
+                    return []
             return None
 
     def _hurry(self, now: float) -> None:

@@ -136,6 +136,20 @@ def test_the_most_urgent_first_and_no_more_than_can_be_served(engine_of):
     engine.open(picture(3))
 
 
+def test_a_machine_that_was_busy_at_the_start_serves_when_it_is_free(engine_of, monkeypatch):
+    monkeypatch.setattr("pikastream_jax.live.engine.RETRY", 0.05)
+    model = FakeModel(seconds=0.2)  # of 0.16 s
+    engine = engine_of(model)
+    with pytest.raises(EngineFull, match="0 sessions are served and 0 is the most"):
+        engine.open(picture(1))
+    model.seconds = 0.001
+    end = time.monotonic() + 20.0
+    while not engine.capacity and time.monotonic() < end:
+        time.sleep(0.01)
+    session = engine.open(picture(1))
+    assert len(asyncio.run(collect(session, 8))) >= 8
+
+
 def test_chunks_of_several_sessions_are_made_in_one_step(engine_of):
     model = FakeModel(seconds=0.05, rows=2)
     engine = engine_of(model)
