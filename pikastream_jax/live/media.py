@@ -23,6 +23,7 @@ from pikastream_jax.serving.encode import VIDEO_CLOCK
 
 WAITING = 100  # packets, of which 25 pictures and 50 pieces of sound make a second
 SOUND_BITS = 64_000  # a second
+SOUND_PIECE = 0.02  # seconds of an Opus packet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Packet:
     """Encoded media."""
 
     kind: Literal["video", "audio"]
-    data: bytes  # H.264 in Annex B, or one Opus packet of 20 ms
+    data: bytes  # H.264 in Annex B, or one Opus packet of `SOUND_PIECE`
     pts: int  # in VIDEO_CLOCK, or in SOUND_RATE
     key: bool  # a picture that needs none before it; sound always
     frame: Frame | None  # the picture's
@@ -58,7 +59,7 @@ class FrameEncoder:
         self._audio = av.CodecContext.create("libopus", "w")
         self._audio.sample_rate, self._audio.layout, self._audio.format = SOUND_RATE, "mono", "flt"
         self._audio.bit_rate, self._audio.time_base = SOUND_BITS, Fraction(1, SOUND_RATE)
-        self._audio.options = {"application": "audio", "frame_duration": "20"}
+        self._audio.options = {"application": "audio", "frame_duration": f"{1e3 * SOUND_PIECE:g}"}
         self._fifo = av.AudioFifo()
         self._reformatter = VideoReformatter()
         self._first: int | None = None
@@ -81,7 +82,7 @@ class FrameEncoder:
         sound = av.AudioFrame.from_ndarray(np.ascontiguousarray(frame.sound, np.float32).reshape(1, -1), format="flt", layout="mono")
         sound.sample_rate = SOUND_RATE
         self._fifo.write(sound)
-        while (piece := self._fifo.read(SOUND_RATE // 50)) is not None:
+        while (piece := self._fifo.read(round(SOUND_RATE * SOUND_PIECE))) is not None:
             piece.pts, piece.time_base = self._samples, Fraction(1, SOUND_RATE)
             self._samples += piece.samples
             packets += [Packet("audio", bytes(packet), packet.pts, True, None) for packet in self._audio.encode(piece)]

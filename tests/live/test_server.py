@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from aiohttp import WSMsgType, WSServerHandshakeError
 from aiortc import RTCPeerConnection, RTCSessionDescription
+from aiortc.rtp import RtcpSrPacket
 from PIL import Image
 from service import created, form, png, served, until
 
@@ -204,6 +205,48 @@ def test_a_real_receiver_sees_the_frames_and_hears_the_sound(way):
         if way == "whep":
             assert (await client.delete(where)).status == 200
             assert (await client.delete(where)).status == 404
+        await peer.close()
+
+    served(run)
+
+
+def test_sender_reports_put_sound_and_picture_on_one_clock_and_sound_goes_out_evenly():
+    """As a browser reads them: RTP timestamp -> moment, by the stream's latest report; a picture and its sound have the same one."""
+
+    async def run(client, app):
+        made = await created(client)
+        peer, sent, reports, came = RTCPeerConnection(), {}, {}, []
+        sdp = await offered(peer)
+        for transceiver in peer.getTransceivers():
+            receiver = transceiver.receiver
+            kind, handle_rtp, handle_rtcp = transceiver.kind, receiver._handle_rtp_packet, receiver._handle_rtcp_packet
+
+            async def rtp(packet, arrival_time_ms, kind=kind, handle=handle_rtp):
+                sent.setdefault(kind, packet.timestamp)
+                if kind == "audio":
+                    came.append(asyncio.get_running_loop().time())
+                await handle(packet, arrival_time_ms)
+
+            async def rtcp(packet, kind=kind, handle=handle_rtcp):
+                if isinstance(packet, RtcpSrPacket) and kind in sent:
+                    reports.setdefault(kind, []).append(packet.sender_info)
+                await handle(packet)
+
+            receiver._handle_rtp_packet, receiver._handle_rtcp_packet = rtp, rtcp
+        answer = await (await client.post(f"/api/sessions/{made['id']}/webrtc", json={"type": "offer", "sdp": sdp})).json()
+        await peer.setRemoteDescription(RTCSessionDescription(answer["sdp"], "answer"))
+        for _ in range(200):
+            if all(len(reports.get(kind, ())) >= 3 for kind in ("audio", "video")):
+                break
+            await asyncio.sleep(0.05)
+        moments = {
+            kind: [info.ntp_timestamp / 2**32 - ((info.rtp_timestamp - sent[kind] + 2**31) % 2**32 - 2**31) / rate for info in reports[kind]]
+            for kind, rate in (("audio", 48_000), ("video", 90_000))
+        }
+        assert np.ptp(moments["audio"]) < 1e-3 and np.ptp(moments["video"]) < 1e-3, "one line, whatever held packets up"
+        # An Opus decoder's first 312 samples (6.5 ms) are before the sound begins (RFC 7845, 4.2).
+        assert moments["audio"][0] + 312 / 48_000 == pytest.approx(moments["video"][0], abs=1e-3)
+        assert np.median(np.diff(came)) == pytest.approx(0.02, abs=0.005)
         await peer.close()
 
     served(run)
