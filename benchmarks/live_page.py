@@ -5,7 +5,7 @@ READ = """() => {
   const video = document.getElementById("video"), canvas = document.createElement("canvas"), small = document.createElement("canvas");
   canvas.width = 256; canvas.height = 8; small.width = small.height = 32;
   const [pen, brush] = [canvas, small].map((one) => one.getContext("2d", { willReadFrequently: true }));
-  const look = (now) => {
+  const look = (_, { expectedDisplayTime: now }) => {
     pen.drawImage(video, 0, 0, 256, 8, 0, 0, 256, 8);
     const row = pen.getImageData(0, 4, 256, 1).data, bit = (i) => row[4 * (8 * i + 4)] > 127;
     if (bit(0) && !bit(1)) { let n = 0; for (let i = 2; i < 26; i++) n = 2 * n + bit(i); if (!shownAt.has(n)) shownAt.set(n, now); }
@@ -17,6 +17,7 @@ READ = """() => {
   };
   video.requestVideoFrameCallback(look);
 }"""
+# The worklet hears a sound before the device that plays it does, and the browser allows for that device when it keeps lips and sound together.
 LISTEN = """async () => {
   const video = document.getElementById("video"), context = new AudioContext({ sampleRate: 48000 });
   await context.resume();
@@ -24,7 +25,7 @@ LISTEN = """async () => {
     const x = inputs[0][0]; if (x) { let s = 0; for (const v of x) s += v * v; this.port.postMessage(Math.sqrt(s / x.length)); } return true; } });`;
   await context.audioWorklet.addModule(URL.createObjectURL(new Blob([code], { type: "text/javascript" })));
   const node = new AudioWorkletNode(context, "level");
-  node.port.onmessage = ({ data: level }) => { if (level > 0.05) heard.push(performance.now()); };
+  node.port.onmessage = ({ data: level }) => { if (level > 0.05) heard.push(performance.now() + 1000 * context.outputLatency); };
   context.createMediaStreamSource(video.srcObject).connect(node);
   window.context = context;
 }"""
@@ -48,12 +49,13 @@ SWAP = """async ([id, avatar]) => {
   await fetch(`/api/sessions/${id}`, { method: "PATCH", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ avatar }) });
   return [at, performance.now()];
 }"""
-# On the mean, over everything that was received.
+# Means over everything that was received, and how much later than its picture the browser now plays a sound, by its own account.
 STATS = """async () => {
-  let peer = window.pikastream.peer, found = { buffer: 0, decode: 0 };
-  for (const row of (await peer.getStats()).values()) {
-    if (row.type !== "inbound-rtp" || row.kind !== "video") continue;
-    found = { buffer: 1000 * row.jitterBufferDelay / row.jitterBufferEmittedCount, decode: 1000 * row.totalDecodeTime / row.framesDecoded };
-  }
-  return found;
+  const rows = {};
+  for (const row of (await window.pikastream.peer.getStats()).values()) if (row.type === "inbound-rtp") rows[row.kind] = row;
+  const buffer = ({ jitterBufferDelay, jitterBufferEmittedCount }) => 1000 * jitterBufferDelay / jitterBufferEmittedCount, { audio, video } = rows;
+  return {
+    buffer: buffer(video), sound_buffer: buffer(audio), decode: 1000 * video.totalDecodeTime / video.framesDecoded,
+    offset: video.estimatedPlayoutTimestamp - audio.estimatedPlayoutTimestamp,
+  };
 }"""

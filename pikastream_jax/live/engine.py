@@ -4,8 +4,8 @@ Considered were a thread for each session (they would fight for the device and n
 once for each), and one worker that goes round. The last it is: the order of chunks is then a decision, made anew before every step.
 
 A chunk is made as late as its frames allow. Its sound is cut when it is begun, so whatever it is begun too early is added to the time between
-a word and the lips that say it. `lead` is how long before its first frame is due that is: what the steps of all sessions that are admitted
-take together, with a margin, and never more than a chunk.
+a word and the lips that say it. `lead` is how long before its first frame is due that is: what the steps of all sessions that are served
+take together, with a margin, and never more than a chunk. One that is opened adds to it before its first step, so the others are ahead by then.
 
 Where a step comes late, its stream's clock is moved by as much. Sound and picture move together, and nothing lags for good: speech waits
 in a queue until a chunk asks for it, and the next chunk asks as long before its frames as ever.
@@ -28,7 +28,7 @@ from pikastream_jax.live.session import LiveSession
 
 _log = logging.getLogger(__name__)
 
-LOAD = 0.85  # share of the time that steps may take: the rest is for encoding, and for a step that takes longer
+LOAD = 0.7  # share of the time that steps may take: the rest is for encoding, and for steps that take longer beside one more session
 MARGIN = 1.25  # of a step's time at the 95th percentile, in `lead`
 TRIALS = 8  # steps that are timed at the start
 KEPT = 256  # steps whose times are remembered
@@ -122,6 +122,7 @@ class Engine:
                     f"{1e3 * self.chunk_seconds:.0f} ms (95th percentile); try again later, or on a faster machine"
                 )
             self._sessions.append(session)  # its place is taken while its picture is encoded
+            self.lead = self._lead()
         try:
             session.begin(self.background.submit(self.model.start, image, prompt, seed).result())
         except BaseException:
@@ -134,6 +135,7 @@ class Engine:
         with self._changed:
             if session in self._sessions:
                 self._sessions.remove(session)
+                self.lead = self._lead()
             self._changed.notify_all()
 
     def wake(self) -> None:
@@ -153,7 +155,8 @@ class Engine:
         self.background.shutdown(cancel_futures=True)
 
     def _lead(self) -> float:
-        return min(self.chunk_seconds, MARGIN * self.steps.p95 * self._turns + 0.01)
+        turns = max(1, math.ceil(len(self._sessions) / self.model.rows))  # steps between two of one session
+        return min(self.chunk_seconds, MARGIN * self.steps.p95 * turns + 0.01)
 
     def _check(self) -> None:
         if self.failure is not None:
@@ -180,7 +183,6 @@ class Engine:
             seconds.append(time.perf_counter() - began)
             self._trials += 1
         self._seconds = deque(seconds[2:], maxlen=KEPT)  # the first one may compile
-        self._turns = max(1, math.ceil(self.capacity / self.model.rows))  # steps between two of one session, when all places are taken
         self.lead = self._lead()
 
     def _work(self) -> None:

@@ -46,7 +46,7 @@ async def errors(request: web.Request, handler) -> web.StreamResponse:
 
 async def _page(request: web.Request) -> web.Response:
     name = request.match_info.get("name", "index.html")
-    if name not in ("index.html", "app.js", "style.css"):
+    if name not in ("index.html", "app.js", "sync.js", "style.css"):
         raise Refused(404, f"there is no {name!r}")
     kind = _TYPES[name[name.rindex(".") :]]
     headers = {"Content-Security-Policy": _RULES, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}

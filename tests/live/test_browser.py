@@ -156,3 +156,35 @@ def test_its_own_rules_do_not_hinder_it(browser, address):
     page.wait_for_timeout(500)
     page.close()
     assert not complaints
+
+
+BUFFERS = """async ({ sound, picture }) => {
+  // A browser with two buffers, by the rules that it documents: each packet waits at least as long as its receiver is told, else as long as is usual for it.
+  const { keepTogether } = await import("/page/sync.js"), usual = { audio: sound, video: picture }, apart = [], wait = window.setTimeout;
+  const receivers = ["audio", "video"].map((kind) => ({ track: { kind }, jitterBufferTarget: null }));
+  const waits = () => receivers.map(({ track: { kind }, jitterBufferTarget }) => Math.max(usual[kind], jitterBufferTarget ?? 0));
+  const sums = [0, 0];
+  let looks = 0;
+  window.setTimeout = (next) => wait(next, 0);
+  await keepTogether({
+    getReceivers: () => receivers,
+    get connectionState() { return looks < 40 ? "connected" : "closed"; },
+    getStats: async () => {
+      if (++looks === 20) usual.video = 20;
+      const rows = waits().map((each, i) => ({ type: "inbound-rtp", kind: receivers[i].track.kind, jitterBufferDelay: (sums[i] += each / 1000), jitterBufferEmittedCount: looks, estimatedPlayoutTimestamp: 1e6 - each }));
+      apart.push(rows[0].estimatedPlayoutTimestamp - rows[1].estimatedPlayoutTimestamp);
+      return new Map(rows.map((row) => [row.kind, row]));
+    },
+  });
+  window.setTimeout = wait;
+  return [apart, waits()];
+}"""
+
+
+@pytest.mark.parametrize(("sound", "picture"), [(50, 90), (60, 300), (110, 30), (40, 40)])
+def test_sound_and_picture_are_brought_together_and_wait_no_longer_than_they_must(page, sound, picture):
+    """The picture's own wait changes in the middle, to less than the sound's."""
+    apart, waits = page.evaluate(BUFFERS, {"sound": sound, "picture": picture})
+    assert apart[0] == picture - sound
+    assert all(abs(one) <= 5 for one in apart[16:19] + apart[-3:]), apart
+    assert max(waits) <= sound + 5

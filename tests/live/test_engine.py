@@ -136,6 +136,17 @@ def test_the_most_urgent_first_and_no_more_than_can_be_served(engine_of):
     engine.open(picture(3))
 
 
+def test_every_session_that_is_served_makes_chunks_begin_a_step_sooner(engine_of):
+    engine = engine_of(FakeModel(seconds=0.02), sessions=2)
+    engine._seconds.extend([0.02] * 256)
+    alone = engine.open(picture(1))
+    assert engine.lead == pytest.approx(1.25 * 0.02 + 0.01)
+    other = engine.open(picture(2))
+    assert engine.lead == pytest.approx(2 * 1.25 * 0.02 + 0.01)
+    asyncio.run(other.close())
+    assert engine.lead == alone.latency == pytest.approx(1.25 * 0.02 + 0.01)
+
+
 def test_a_machine_that_was_busy_at_the_start_serves_when_it_is_free(engine_of, monkeypatch):
     monkeypatch.setattr("pikastream_jax.live.engine.RETRY", 0.05)
     model = FakeModel(seconds=0.2)  # of 0.16 s

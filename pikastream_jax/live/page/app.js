@@ -1,4 +1,6 @@
 // The page of a live session: WebRTC first, MP4 over a WebSocket where no packet comes through.
+import { keepTogether } from "./sync.js";
+
 const $ = (id) => document.getElementById(id);
 const token = new URLSearchParams(location.hash.slice(1)).get("token");
 const IDEAS = ["smiling warmly", "with a neutral expression", "looking sad", "with the head tilted to the left", "looking up"];
@@ -75,7 +77,7 @@ async function watch() {
   const connected = new Promise((resolve) => {
     peer.onconnectionstatechange = () => {
       if (number !== attempt) return;
-      if (peer.connectionState === "connected") { show("live", "live"); resolve(true); }
+      if (peer.connectionState === "connected") { show("live", "live"); keepTogether(peer); resolve(true); }
       if (["failed", "disconnected"].includes(peer.connectionState)) { resolve(false); again(); }
     };
   });
