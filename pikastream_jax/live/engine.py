@@ -28,7 +28,6 @@ from pikastream_jax.live.session import LiveSession
 
 _log = logging.getLogger(__name__)
 
-LOAD = 0.7  # share of the time that steps may take: the rest is for encoding, and for steps that take longer beside one more session
 MARGIN = 1.25  # of a step's time at the 95th percentile, in `lead`
 TRIALS = 8  # steps that are timed at the start
 KEPT = 256  # steps whose times are remembered
@@ -90,7 +89,7 @@ class Engine:
     @property
     def capacity(self) -> int:
         """Sessions that can be served in real time, by the times of the last steps."""
-        found = self.model.rows * math.floor(LOAD * self.chunk_seconds / self.steps.p95)
+        found = self.model.rows * math.floor(self.model.load * self.chunk_seconds / self.steps.p95)
         return found if self._asked is None else min(found, self._asked)
 
     @property

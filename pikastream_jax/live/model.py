@@ -14,6 +14,10 @@ from pikastream_jax.streaming.state import install_prompt, install_reference
 State = Any
 Change = Callable[[State], State]
 
+# The rest is for steps that take longer than those so far. On a CPU one more session slows all steps down, since encoders take the same cores: of two
+# that were admitted at 0.85 on two cores one had 4% of its frames late.
+LOAD, LOAD_ON_CPU = 0.85, 0.7
+
 
 @runtime_checkable
 class LiveModel(Protocol):
@@ -25,6 +29,7 @@ class LiveModel(Protocol):
     sample_rate: int  # Hz
     chunk_frames: int
     rows: int  # streams of one step
+    load: float  # share of the time that steps may take, as far as sessions are admitted
 
     def chunk_samples(self, index: int) -> int:
         """Samples of chunk `index`."""
@@ -57,7 +62,7 @@ class StreamModel:
             raise ValueError(f"a rolling stream shows its frames {delay} chunks late: give the live service a sequential one")
         self._generator, self._stepper = generator, RowStepper(generator, rows)
         self.fps, self.sample_rate, self.chunk_frames, self.rows = generator.fps, generator.sample_rate, generator.chunk_frames, rows
-        self.height, self.width = generator.height, generator.width
+        self.height, self.width, self.load = generator.height, generator.width, LOAD_ON_CPU if jax.default_backend() == "cpu" else LOAD
         self.chunk_samples = generator.chunk_samples
         self._install_prompt = jax.jit(install_prompt, donate_argnums=0)
         self._install_reference = jax.jit(install_reference, donate_argnums=0)

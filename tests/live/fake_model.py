@@ -8,7 +8,7 @@ import numpy as np
 class FakeModel:
     """Pictures of one colour: every one is filled with (face, prompt's length, 255 * loudness); a step sleeps for `seconds`."""
 
-    fps, sample_rate, chunk_frames = 25, 16_000, 4
+    fps, sample_rate, chunk_frames, load = 25, 16_000, 4, 0.85
 
     def __init__(self, seconds: float = 0.0, rows: int = 1, size: int = 16):
         self.seconds, self.rows = seconds, rows

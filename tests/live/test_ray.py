@@ -41,9 +41,9 @@ def serve(replicas, sessions=1, **more):
     return subprocess.Popen([sys.executable, "-c", SERVER, replicas, str(sessions)], stderr=subprocess.PIPE, text=True, env=environment, **more)
 
 
-def start(replicas):
+def start(replicas, sessions=1):
     """A server that is up, and its address."""
-    process, said = serve(replicas), []
+    process, said = serve(replicas, sessions), []
     for line in process.stderr:
         said.append(line)
         if found := re.search(r"listening at (http://\S+)/", line):
@@ -234,6 +234,55 @@ def test_another_replica_comes_when_slots_are_taken():
                 await asyncio.sleep(0.2)
             async with client.post("/api/sessions", json={}) as answer:
                 assert answer.status == 201, await answer.text()
+
+    try:
+        asyncio.run(run())
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def test_a_replica_that_is_taken_away_keeps_its_session_to_the_end():
+    """Ray takes the newest away, two minutes after slots were given back, and here that is the one whose session is left."""
+    process, at = start("1:2", 2)
+
+    async def opened(client):
+        async with client.post("/api/sessions", json={}) as answer:
+            assert answer.status == 201, await answer.text()
+            return answer.headers["Location"]
+
+    async def replicas_are(client, count, seconds):
+        for _ in range(5 * seconds):
+            if (await report(client, "/health"))[1]["replicas"] == count:
+                return
+            await asyncio.sleep(0.2)
+        raise AssertionError(f"{(await report(client, '/health'))[1]}, not {count} replicas")
+
+    async def run():
+        async with ClientSession(at) as client:
+            old = [await opened(client) for _ in range(2)]
+            await replicas_are(client, 2, 120)
+            kept = await opened(client)
+            assert sorted(replicas().values()) == [1, 2]
+            viewer = Watching(client, kept)
+            for path in old:
+                assert (await client.delete(path)).status == 204
+            await replicas_are(client, 1, 240)
+            draining = time.monotonic()
+            await asyncio.sleep(10.0)
+            assert sorted(replicas().values()) == [0, 1], "it is still there"
+            new = await opened(client)  # at the other one: one that stops takes no more
+            assert sorted(replicas().values()) == [1, 1]
+            await asyncio.sleep(5.0)
+            viewer.task.cancel()
+            assert viewer.lost == 0 and np.diff([moment for moment in viewer.moments if moment > draining - 5.0]).max() < 0.5
+            for path in (kept, new):
+                assert (await client.delete(path)).status == 204
+            for _ in range(300):
+                if len(replicas()) == 1:
+                    return
+                await asyncio.sleep(0.2)
+            raise AssertionError("the replica did not go when its session had ended")
 
     try:
         asyncio.run(run())
