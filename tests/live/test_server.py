@@ -246,7 +246,8 @@ def test_sender_reports_put_sound_and_picture_on_one_clock_and_sound_goes_out_ev
         assert np.ptp(moments["audio"]) < 1e-3 and np.ptp(moments["video"]) < 1e-3, "one line, whatever held packets up"
         # An Opus decoder's first 312 samples (6.5 ms) are before the sound begins (RFC 7845, 4.2).
         assert moments["audio"][0] + 312 / 48_000 == pytest.approx(moments["video"][0], abs=1e-3)
-        assert np.median(np.diff(came)) == pytest.approx(0.02, abs=0.005)
+        gaps = np.diff(came)
+        assert np.mean((gaps > 0.008) & (gaps < 0.032)) > 0.5, "not two at once every 40 ms"
         await peer.close()
 
     served(run)

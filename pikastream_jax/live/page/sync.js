@@ -9,7 +9,7 @@ const other = { audio: "video", video: "audio" };
 
 export async function keepTogether(peer) {
   const receivers = Object.fromEntries(peer.getReceivers().map((receiver) => [receiver.track.kind, receiver]));
-  if (!("jitterBufferTarget" in receivers.audio)) return;
+  if (!receivers.audio || !receivers.video || !("jitterBufferTarget" in receivers.audio)) return;
   let before = null;
   while (peer.connectionState === "connected") {
     const rows = {};
