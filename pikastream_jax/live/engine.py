@@ -28,6 +28,7 @@ from pikastream_jax.live.session import LiveSession
 
 _log = logging.getLogger(__name__)
 
+ALONE = 0.85  # share of the time that steps of a single session may take; of more sessions, see `LiveModel.load`
 MARGIN = 1.25  # of a step's time at the 95th percentile, in `lead`
 TRIALS = 8  # steps that are timed at the start
 KEPT = 256  # steps whose times are remembered
@@ -89,7 +90,8 @@ class Engine:
     @property
     def capacity(self) -> int:
         """Sessions that can be served in real time, by the times of the last steps."""
-        found = self.model.rows * math.floor(self.model.load * self.chunk_seconds / self.steps.p95)
+        ratio = self.chunk_seconds / self.steps.p95
+        found = self.model.rows * max(math.floor(self.model.load * ratio), min(1, math.floor(ALONE * ratio)))
         return found if self._asked is None else min(found, self._asked)
 
     @property
@@ -154,7 +156,8 @@ class Engine:
         self.background.shutdown(cancel_futures=True)
 
     def _lead(self) -> float:
-        turns = max(1, math.ceil(len(self._sessions) / self.model.rows))  # steps between two of one session
+        # Steps that a session may have to wait for, its own included: others fall due when they like, so that even one that shares steps may just miss one.
+        turns = 1 + math.ceil(max(0, len(self._sessions) - 1) / self.model.rows)
         return min(self.chunk_seconds, MARGIN * self.steps.p95 * turns + 0.01)
 
     def _check(self) -> None:
@@ -227,7 +230,8 @@ class Engine:
         began = time.perf_counter()
         states, frames = self.model.step([session.next_input() for session in due])
         self._seconds.append(time.perf_counter() - began)
-        self.lead = self._lead()  # beside an encoder and a browser, steps take longer than they did at the start
+        with self._changed:  # somebody may be opening a session
+            self.lead = self._lead()  # beside an encoder and a browser, steps take longer than they did at the start
         now = self.clock()
         for session, state, pictures in zip(due, states, frames, strict=True):
             session.deliver(state, pictures, now)

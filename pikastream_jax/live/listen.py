@@ -104,7 +104,7 @@ def listen(options: ListenOptions, say: Callable[[str], None], build: Callable[[
     steps = engine.steps
     say(f"a chunk of {1e3 * engine.chunk_seconds:.0f} ms takes {1e3 * steps.p50:.0f} ms (95th percentile {1e3 * steps.p95:.0f}): {engine.capacity} sessions at a time")
     if not engine.capacity:
-        say("warning: this machine is too slow for one session in real time; all are refused until it is faster (try --steps 2)")
+        say("warning: this machine is too slow for one session in real time; all are refused until it is faster")
     try:
         asyncio.run(_serve(application(engine, access, Limits(), **drawn), host, port, say, None if options.output is None else options))
     finally:

@@ -81,8 +81,12 @@ class FrameEncoder:
         packets = [Packet("video", bytes(packet), packet.pts, packet.is_keyframe, frame) for packet in self._video.encode(picture)]
         sound = av.AudioFrame.from_ndarray(np.ascontiguousarray(frame.sound, np.float32).reshape(1, -1), format="flt", layout="mono")
         sound.sample_rate = SOUND_RATE
+        piece_samples = round(SOUND_RATE * SOUND_PIECE)
+        missing = round((frame.number - self._first) * SOUND_RATE / self._fps) - self._samples - self._fifo.samples
+        if missing >= piece_samples:  # of frames that nobody took in time: the sound's clock passes over them as the picture's does
+            self._samples += missing
         self._fifo.write(sound)
-        while (piece := self._fifo.read(round(SOUND_RATE * SOUND_PIECE))) is not None:
+        while (piece := self._fifo.read(piece_samples)) is not None:
             piece.pts, piece.time_base = self._samples, Fraction(1, SOUND_RATE)
             self._samples += piece.samples
             packets += [Packet("audio", bytes(packet), packet.pts, True, None) for packet in self._audio.encode(piece)]

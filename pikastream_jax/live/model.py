@@ -29,7 +29,7 @@ class LiveModel(Protocol):
     sample_rate: int  # Hz
     chunk_frames: int
     rows: int  # streams of one step
-    load: float  # share of the time that steps may take, as far as sessions are admitted
+    load: float  # share of the time that steps of several sessions may take
 
     def chunk_samples(self, index: int) -> int:
         """Samples of chunk `index`."""

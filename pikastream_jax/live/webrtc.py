@@ -5,7 +5,7 @@ first sound leave together.
 
 What keeps lips and sound together in the browser is RTCP, whose sender reports say which media time belongs to which moment. aiortc reports the
 timestamp of the packet that it sent last and when it did, so whatever held up that packet shifts one of the streams (a frame's second packet of sound, sent at once with the
-first, by its 20 ms). Here both streams report one media clock, which runs from the peer's first packet and is never moved.
+first, by its 20 ms). Here both streams report one media clock, which is set at the peer's first report and never moved.
 """
 
 import asyncio

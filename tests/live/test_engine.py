@@ -136,8 +136,19 @@ def test_the_most_urgent_first_and_no_more_than_can_be_served(engine_of):
     engine.open(picture(3))
 
 
-def test_every_session_that_is_served_makes_chunks_begin_a_step_sooner(engine_of):
-    engine = engine_of(FakeModel(seconds=0.02), sessions=2)
+@pytest.mark.parametrize(("seconds", "load", "capacity"), [(0.05, 0.85, 2), (0.05, 0.7, 2), (0.06, 0.85, 2), (0.06, 0.7, 1), (0.13, 0.7, 1), (0.14, 0.7, 0)])
+def test_how_many_sessions_a_machine_holds(engine_of, seconds, load, capacity):
+    """Of chunks of 160 ms; a single one may take 0.85 of the time, several what the model allows."""
+    engine = engine_of(FakeModel())
+    engine.model.load = load
+    engine._seconds.extend([seconds] * 256)
+    assert engine.capacity == capacity
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_second_session_makes_chunks_begin_a_step_sooner(engine_of, rows):
+    """With two rows, too: it may fall due when the other's step has just begun."""
+    engine = engine_of(FakeModel(seconds=0.02, rows=rows), sessions=2)
     engine._seconds.extend([0.02] * 256)
     alone = engine.open(picture(1))
     assert engine.lead == pytest.approx(1.25 * 0.02 + 0.01)

@@ -16,6 +16,8 @@ from service import created, form, png, served, until
 
 from pikastream_jax.live.access import Access, is_loopback
 from pikastream_jax.live.hub import Limits
+from pikastream_jax.live.media import FrameEncoder
+from pikastream_jax.live.session import Frame
 
 
 def test_a_session_lives_and_ends():
@@ -239,6 +241,8 @@ def test_sender_reports_put_sound_and_picture_on_one_clock_and_sound_goes_out_ev
             if all(len(reports.get(kind, ())) >= 3 for kind in ("audio", "video")):
                 break
             await asyncio.sleep(0.05)
+        else:
+            raise AssertionError(reports)
         moments = {
             kind: [info.ntp_timestamp / 2**32 - ((info.rtp_timestamp - sent[kind] + 2**31) % 2**32 - 2**31) / rate for info in reports[kind]]
             for kind, rate in (("audio", 48_000), ("video", 90_000))
@@ -251,6 +255,16 @@ def test_sender_reports_put_sound_and_picture_on_one_clock_and_sound_goes_out_ev
         await peer.close()
 
     served(run)
+
+
+def test_lost_frames_are_lost_to_sound_and_picture_alike():
+    encoder = FrameEncoder(64, 64, 25)
+    found = {"video": [], "audio": []}
+    for number in [*range(10), *range(40, 60)]:  # 30 frames that nobody took
+        for packet in encoder.encode(Frame(number, np.zeros((64, 64, 3), np.uint8), np.zeros(1920, np.float32), 0, False, number / 25, 0.0)):
+            found[packet.kind].append(float(packet.pts * packet.time_base))
+    assert np.allclose(np.diff(found["video"]), [0.04] * 9 + [31 * 0.04] + [0.04] * 19)
+    assert np.isclose(found["audio"][-1] + 312 / 48_000, 58 * 0.04 + 0.06, atol=0.021), "the second packet of the last frame, or the one before"
 
 
 def test_media_by_websocket_is_two_mp4_files_that_play():

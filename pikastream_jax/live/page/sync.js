@@ -3,7 +3,7 @@
 const PERIOD = 2000; // ms: the browser's own account of what is played is a second old
 const CLOSE = 5; // ms apart that are left alone
 const SHARE = 0.6; // of what they are apart that is mended at a time, so that nothing swings
-const MOST = 40; // ms at a time: sound is stretched for it
+const THEIRS = 50; // ms apart from which on the browser mends it: two that mend the same thing would delay both streams, for good
 
 const other = { audio: "video", video: "audio" };
 
@@ -15,7 +15,8 @@ export async function keepTogether(peer) {
     const rows = {};
     for (const row of (await peer.getStats()).values()) if (row.type === "inbound-rtp") rows[row.kind] = row;
     const apart = rows.video?.estimatedPlayoutTimestamp - rows.audio?.estimatedPlayoutTimestamp; // ms by which sound comes after its picture
-    if (before && Math.abs(apart) > CLOSE) mend(receivers, lately(before, rows), apart);
+    if (Math.abs(apart) > THEIRS) for (const receiver of Object.values(receivers)) receiver.jitterBufferTarget = 0;
+    else if (before && Math.abs(apart) > CLOSE) mend(receivers, lately(before, rows), apart);
     before = rows;
     await new Promise((resolve) => setTimeout(resolve, PERIOD));
   }
@@ -28,10 +29,10 @@ function lately(before, rows) {
 }
 
 function mend(receivers, waits, apart) {
-  const early = apart < 0 ? "audio" : "video", late = other[early], amount = Math.min(MOST, SHARE * Math.abs(apart));
+  const early = apart < 0 ? "audio" : "video", late = other[early], amount = SHARE * Math.abs(apart);
   const held = receivers[late].jitterBufferTarget;
   // What holds the late one back is taken away before the early one is held back: neither should wait for the other more than it must.
-  if (held && held > waits[late] - MOST) receivers[late].jitterBufferTarget = Math.max(0, Math.min(held, waits[late]) - amount);
+  if (held && held > waits[late] - THEIRS) receivers[late].jitterBufferTarget = Math.max(0, Math.min(held, waits[late]) - amount);
   else {
     receivers[late].jitterBufferTarget = 0;
     receivers[early].jitterBufferTarget = Math.min(1000, Math.max(receivers[early].jitterBufferTarget ?? 0, waits[early]) + amount);
