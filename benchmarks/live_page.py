@@ -49,13 +49,13 @@ SWAP = """async ([id, avatar]) => {
   await fetch(`/api/sessions/${id}`, { method: "PATCH", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ avatar }) });
   return [at, performance.now()];
 }"""
-# Means over everything that was received, and how much later than its picture the browser now plays a sound, by its own account.
+# Means over all pictures that were received, and how much later than its picture the browser now plays a sound, by its own account.
 STATS = """async () => {
   const rows = {};
   for (const row of (await window.pikastream.peer.getStats()).values()) if (row.type === "inbound-rtp") rows[row.kind] = row;
-  const buffer = ({ jitterBufferDelay, jitterBufferEmittedCount }) => 1000 * jitterBufferDelay / jitterBufferEmittedCount, { audio, video } = rows;
+  const { audio, video } = rows;
   return {
-    buffer: buffer(video), sound_buffer: buffer(audio), decode: 1000 * video.totalDecodeTime / video.framesDecoded,
+    buffer: 1000 * video.jitterBufferDelay / video.jitterBufferEmittedCount, decode: 1000 * video.totalDecodeTime / video.framesDecoded,
     offset: video.estimatedPlayoutTimestamp - audio.estimatedPlayoutTimestamp,
   };
 }"""

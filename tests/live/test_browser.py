@@ -40,10 +40,11 @@ def address():
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no chromium is installed")
-    with playwright.sync_playwright() as runner:
+    from playwright.sync_api import sync_playwright  # of the extra `browser`
+
+    # Not skipped: whoever asks for these tests would take that for a pass.
+    assert CHROMIUM is not None, "no chromium or google-chrome is installed: get one from your system's packages"
+    with sync_playwright() as runner:
         flags = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required", "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]
         one = runner.chromium.launch(executable_path=CHROMIUM, args=flags)
         yield one

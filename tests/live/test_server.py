@@ -264,7 +264,7 @@ def test_lost_frames_are_lost_to_sound_and_picture_alike():
         for packet in encoder.encode(Frame(number, np.zeros((64, 64, 3), np.uint8), np.zeros(1920, np.float32), 0, False, number / 25, 0.0)):
             found[packet.kind].append(float(packet.pts * packet.time_base))
     assert np.allclose(np.diff(found["video"]), [0.04] * 9 + [31 * 0.04] + [0.04] * 19)
-    assert np.isclose(found["audio"][-1] + 312 / 48_000, 58 * 0.04 + 0.06, atol=0.021), "the second packet of the last frame, or the one before"
+    assert np.isclose(found["audio"][-1] + 312 / 48_000, 59 * 0.04 + 0.02, atol=0.021), "the second packet of the last frame, or the one before it"
 
 
 def test_media_by_websocket_is_two_mp4_files_that_play():
