@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import scipy.signal
 import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pikastream_jax.audio.mel import filter_bank, log_mel, mel_centres, to_decibels
 from pikastream_jax.config import AudioConfig
@@ -148,6 +150,14 @@ def test_augment_is_pure_and_varied(samples):
     np.testing.assert_allclose(batch[3], corpus.augment(mel, keys[3]), atol=1e-3)
 
 
+def test_a_single_row_without_an_upper_edge_is_finite(samples):
+    mel = log_mel(samples[:32_000], CFG)
+    one = jax.jit(lambda edge: corpus.band_gain(64, jnp.float32(1.0), edge))(jnp.float32(1e5))
+    np.testing.assert_allclose(one, 1.0, atol=1e-4)
+    augment = jax.jit(jax.vmap(lambda k: corpus.augment(mel, k)))
+    assert all(np.isfinite(augment(jax.random.split(jax.random.key(n), 1))).all() for n in range(12))
+
+
 def test_noise_power_of_white_noise():
     rng = np.random.default_rng(5)
     white = rng.normal(0, 1, 16_000 * 4).astype(np.float32)
@@ -187,3 +197,52 @@ def test_shipped_features():
     assert 0.6 < speaking.mean() < 0.95
     opening = found.tracks[speaking, 0] / 255
     assert 0.2 < opening.mean() < 0.5 and 0.08 < (opening < 0.08).mean() < 0.35
+
+
+def test_the_own_voice_stays_as_it_is():
+    mel = np.random.default_rng(0).normal(size=(20, CFG.mels)).astype(np.float32)
+    np.testing.assert_allclose(corpus.other_voice(mel, jnp.float32(1.0), CFG), mel, atol=1e-4)
+
+
+@given(factor=st.floats(0.8, 1.25), hertz=st.floats(0, 8000))
+def test_the_warp_keeps_order_ends_and_inverse(factor, hertz):
+    warp = lambda f, a: float(corpus.warped_hertz(jnp.float32(f), jnp.float32(a), 8000.0))  # noqa: E731
+    assert warp(0, factor) == pytest.approx(0, abs=1e-3) and warp(8000, factor) == pytest.approx(8000, rel=1e-5)
+    assert warp(min(hertz + 50, 8000), factor) >= warp(hertz, factor)
+    if hertz < 3800:
+        assert warp(hertz, factor) == pytest.approx(factor * hertz, rel=1e-5)
+        assert warp(warp(hertz, factor), 1 / factor) == pytest.approx(hertz, rel=1e-4, abs=1e-2)
+
+
+@pytest.mark.parametrize("factor", [0.8, 0.9, 1.15, 1.25])
+def test_another_voice_has_its_resonances_where_the_warp_takes_them(factor):
+    """Noise through two resonances, made with them as they are and with them moved: the spectrum of the one, warped, is that of the other."""
+    noise = np.random.default_rng(1).normal(size=4 * 16_000)
+
+    def spoken(multiplied):
+        found = noise
+        for hertz, width in ((700 * multiplied, 120), (1900 * multiplied, 200)):
+            radius, angle = np.exp(-np.pi * width / 16_000), 2 * np.pi * hertz / 16_000
+            found = scipy.signal.lfilter([1.0], [1.0, -2 * radius * np.cos(angle), radius**2], found)
+        return np.asarray(log_mel(jnp.asarray(0.1 * found / found.std(), jnp.float32), CFG)).mean(axis=0)
+
+    own, other = spoken(1.0), spoken(factor)
+    warped = np.asarray(corpus.other_voice(own[None], jnp.float32(factor), CFG))[0]
+    low = mel_centres(CFG.mels) < 3500  # beyond it is noise alone
+    apart = lambda a, b: np.std((a - b)[low])  # noqa: E731 (a level is no shape)
+    assert apart(warped, other) < 0.4 * apart(own, other)
+    peak = lambda mel: mel_centres(CFG.mels)[np.argmax(mel)]  # noqa: E731
+    assert peak(warped) == pytest.approx(factor * peak(own), rel=0.08)
+
+
+def test_silence_has_no_other_voice():
+    silence = log_mel(jnp.zeros(16_000), CFG)
+    np.testing.assert_allclose(corpus.other_voice(silence, jnp.float32(1.2), CFG), silence, atol=1e-5)
+
+
+def test_seven_voices_in_ten_are_others():
+    factors = np.asarray(jax.vmap(corpus.sample_voice)(jax.random.split(jax.random.key(0), 4000)))
+    assert np.mean(factors == 1.0) == pytest.approx(0.3, abs=0.03)
+    others = factors[factors != 1.0]
+    assert others.min() >= 0.8 - 1e-6 and others.max() <= 1.25 + 1e-6
+    assert np.mean(others > 1) == pytest.approx(0.5, abs=0.04)
