@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pikastream_jax.audio.encoder import AudioEncoder
 from pikastream_jax.config import Config
@@ -30,6 +30,7 @@ from pikastream_jax.nn.layers import Params, functional, initial_params
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.clips import SPEECH
 from pikastream_jax.training.loop import Metrics, Stage, TrainState
+from pikastream_jax.training.losses import closure_loss
 from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.training.settings import Optimiser, StageSettings
@@ -63,16 +64,11 @@ class LipReadout(nnx.Module):
         return said[..., :-1], said[..., -1]
 
 
-def closed_lips(tracks: Float[Array, "*b 5"]) -> Bool[Array, "*b"]:
-    """Where the truth counts as closed, as lip sync is measured."""
-    return tracks[..., _OPENING] < CLOSED
-
-
 def readout_losses(tracks: Float[Array, "b 4 5"], logit: Float[Array, "b 4"], truth: Float[Array, "b 4 5"]) -> Metrics:
     """Squared error of the tracks, and binary cross-entropy of closed lips in nats."""
     return {
         "tracks": jnp.mean((tracks - truth) ** 2),
-        "closures": jnp.mean(jax.nn.softplus(jnp.where(closed_lips(truth), -logit, logit))),
+        "closures": closure_loss(logit, truth[..., _OPENING]),
     }
 
 

@@ -68,6 +68,7 @@ class Drawn:
     reference: Float[Array, "n r c z"]  # the same person at rest
     boxes: Float[Array, "n f 2 4"]  # mouth and eyes, pixels, mean over a latent frame
     truth: Float[Array, "n f o"]  # what the renderer was told, as `true_readings` puts it, mean over a latent frame
+    opening: Float[Array, "n f s"]  # of the lips in every video frame of a latent frame, 0 closed .. 1, as lip sync is measured
     reconstruction: Float[Array, "n"]  # of MEASURES, as the next ones
     calm: Float[Array, "n"]
     facing: Float[Array, "n"]
@@ -163,21 +164,23 @@ def drawer(
         _, speech = window(mel, tracks, start, latent_frames, config.audio.mel_frames)
         states = style_motion(k_motion, changed_style(first, second, change * stride, frames, fps), speech, fps)
         truth = jax.vmap(lambda state: true_readings(identity, state))(states).reshape(latent_frames, stride, -1).mean(axis=1)
+        # A closure lasts a video frame or three, so a mean over a latent frame's four does not tell of it. As the renderer draws it.
+        opening = jnp.clip(states.mouth_open, 0.0, 1.0).reshape(latent_frames, stride)
         turns = jnp.stack([jnp.abs(jnp.diff(angle)) for angle in (states.yaw, states.pitch, states.roll)])
         measures = {
             "calm": -jnp.mean(turns) * fps,
             "facing": -jnp.max(jnp.hypot(states.yaw, states.pitch)),
             "speech": jnp.minimum(jnp.mean(speech.activity), 0.5),
         }
-        return identity, first, second, states, reference_state(k_reference), truth, measures
+        return identity, first, second, states, reference_state(k_reference), truth, opening, measures
 
     @jax.jit
     def draw(params, keys, starts, changes):
         vae = model.bind(params)
-        identities, first, second, states, references, truth, measures = jax.vmap(move)(keys, starts, changes)
+        identities, first, second, states, references, truth, opening, measures = jax.vmap(move)(keys, starts, changes)
         latents, at_rest, boxes, middle = encode_clips(config, vae, identities, states, references)
         restored = reconstruction(vae, latents, boxes, middle)
-        return Drawn(latents, at_rest, boxes, truth, restored, **measures), identities, first, second
+        return Drawn(latents, at_rest, boxes, truth, opening, restored, **measures), identities, first, second
 
     return draw
 
@@ -226,6 +229,7 @@ def clip_maker(
                     "reference": clip.reference.astype(np.float16),
                     "boxes": clip.boxes,
                     "truth": clip.truth,
+                    "opening": clip.opening.astype(np.float16),
                     "mel": sound,
                     "tokens": tokens,
                     "valid": valid,

@@ -31,8 +31,8 @@ from pikastream_jax.training.dit_data import (
     text_kept,
     windows,
 )
-from pikastream_jax.training.latent_reader import LatentReader, load_reader, reader_model
-from pikastream_jax.training.loop import Stage, TrainState
+from pikastream_jax.training.latent_reader import LatentReader, check_closures, load_reader, reader_model
+from pikastream_jax.training.loop import Metrics, Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.ode_pairs import Pairs, pair_batches, prepare_pairs
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
@@ -69,11 +69,14 @@ class Settings(DiTSettings):
     timesteps: Literal["solver", "all"] = "solver"
     """Of the query copy: the student's, or any, for a causal teacher whose trajectories shall be solved."""
     reading: float = 1.0
-    """Weight of what the latent reader misreads."""
+    """Weight of what the latent reader misreads of face and expression."""
+    closures: float = 0.1
+    """Weight of the cross-entropy of closed lips, as the latent reader sees them."""
     optimiser: Optimiser = OptimiserConfig(learning_rate=1.5e-3, warmup_steps=20, decay="linear")
 
     def __post_init__(self):
         super().__post_init__()
+        check_closures(self.closures)
         if self.schedule == "rolling" and self.objective != "data":
             raise ValueError(f"schedule rolling is trained on the data alone, not with objective {self.objective}: add --objective data")
         if self.timesteps == "all" and (self.objective != "data" or self.schedule == "rolling"):
@@ -116,6 +119,26 @@ def sampler(
         save_preview(config, init, path, np.asarray(truth), np.asarray(generated))
 
     return sample
+
+
+def sequence_chunks(config: Config, key: Array, batch: int, frames: int, train: bool) -> Int[Array, "b f"]:
+    """Chunk of every latent frame: random ones in training, else the stream's own."""
+    return random_chunks(key, batch, frames, config.stream.chunk) if train else stream_chunks(config, batch, frames)
+
+
+def asked(parts: Metrics, settings: Settings) -> Float[Array, ""]:
+    """What an update lowers: the velocity error and, weighted, what the latent reader misreads."""
+    return parts["loss"] + settings.reading * (parts["identity"] + parts["expression"]) + settings.closures * parts["closures"]
+
+
+def teacher_forcing_loss(
+    config: Config, model: Functional, params: Params, batch: DiTBatch, key: Array, reader: LatentReader, settings: Settings, *, train: bool
+) -> tuple[Float[Array, ""], Metrics]:
+    """What an update with objective `data` lowers, by the weights of `settings`; and its parts, see `causal_losses`."""
+    k_chunks, k_loss = jax.random.split(key)
+    chunk_ids = sequence_chunks(config, k_chunks, *batch.latents.shape[:2], train)
+    parts = causal_losses(config, model, params, batch, two_copies(config, batch, k_loss, chunk_ids), reader)
+    return asked(parts, settings), parts
 
 
 def record(config: Config, settings: StageSettings) -> dict[str, Any]:
@@ -167,7 +190,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         if config.stream.rolling:
             size = random_sizes(k_chunks, config.stream, b) if train else jnp.full(b, largest)
             return rolling_losses(cropped(config, CROP) if train else config, params, rows, k_loss, size, told)
-        chunk_ids = random_chunks(k_chunks, b, f, largest) if train else stream_chunks(config, b, f)
+        chunk_ids = sequence_chunks(config, k_chunks, b, f, train)
         if ode:  # a causal teacher's chunks are as it solved them
             chunk_ids = jnp.where(solved[:, None] > 0, jnp.arange(f) // jnp.maximum(solved[:, None], 1), chunk_ids)
         return losses(params, rows, k_loss, told, chunk_ids, trajectory)
@@ -175,7 +198,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
     def update(state: TrainState, key: Array, data: dict, batch: ClipWindows | Pairs) -> tuple[TrainState, dict]:
         def total(params: Params) -> tuple[Float[Array, ""], dict]:
             parts = of_batch(text_kept(params), data, batch, key, True)
-            return parts["loss"] + settings.reading * (parts["identity"] + parts["expression"]), parts
+            return asked(parts, settings), parts
 
         gradient, parts = jax.grad(total, has_aux=True)(state.params)
         return state.descend(gradient, optimiser, settings.ema), parts

@@ -38,6 +38,7 @@ class ClipWindows:
     reference: Float16[np.ndarray, "b r c z"]  # the same person at rest
     boxes: Float[np.ndarray, "b f 2 4"]  # mouth and eyes, pixels, mean over a latent frame
     truth: Float[np.ndarray, "b f o"]  # what the renderer was told, as `true_readings` puts it, mean over a latent frame
+    opening: Float16[np.ndarray, "b f s"]  # of the lips in every video frame of a latent frame, 0 closed .. 1
     mel: UInt8[np.ndarray, "b heard k"]  # `dequantise_mel`; from the first mel frame heard to the end of the window
     tokens: Int[np.ndarray, "b 2 l"]  # two captions; the same twice where the clip has one
     valid: Int[np.ndarray, "b 2"]
@@ -60,6 +61,7 @@ class DiTBatch:
     weight: Float[Array, "b f r c"]  # of the loss; mean 1
     boxes: Float[Array, "b f 2 4"]  # mouth and eyes, in pixels of the part of the picture that the latents show
     truth: Float[Array, "b f o"]  # see `ClipWindows`
+    opening: Float[Array, "b f s"]  # see `ClipWindows`
     motion: Float[Array, "b f k"]  # what is new in each latent frame's motion, see `innovations`
 
 
@@ -106,6 +108,7 @@ def windows(
             reference=normalised(record["reference"]),
             boxes=record["boxes"][stretch],
             truth=record["truth"][stretch],
+            opening=record["opening"][stretch],
             mel=record["mel"][MEL_FRAMES * offset : MEL_FRAMES * (offset + frames) + history],
             tokens=record["tokens"],
             valid=record["valid"],
@@ -209,6 +212,7 @@ def prepare_batch(
         weight=weight / jnp.mean(weight, axis=(2, 3), keepdims=True),
         boxes=boxes,
         truth=batch.truth,
+        opening=batch.opening.astype(jnp.float32),
         motion=innovations(data["innovations"], batch.truth, k_motion),
     )
 

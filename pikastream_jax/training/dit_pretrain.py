@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from pikastream_jax.config import Config
 from pikastream_jax.diffusion.flow import interpolate, logit_normal_timesteps, solver_timesteps
 from pikastream_jax.dit import Denoiser
-from pikastream_jax.nn.layers import Params, functional, initial_params
+from pikastream_jax.nn.layers import Functional, Params, functional, initial_params
 from pikastream_jax.training.accumulate import mean_gradient
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.dit_data import (
@@ -25,8 +25,8 @@ from pikastream_jax.training.dit_data import (
     weighted_velocity_loss,
     windows,
 )
-from pikastream_jax.training.latent_reader import load_reader, misreading, reader_model
-from pikastream_jax.training.loop import Stage, TrainState
+from pikastream_jax.training.latent_reader import LatentReader, check_closures, load_reader, misreading, reader_model
+from pikastream_jax.training.loop import Metrics, Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.training.previews import save_preview
@@ -49,10 +49,35 @@ class Settings(DiTSettings):
     shift: float = 3.0
     """Of the logit-normal timesteps."""
     reading: float = 0.7
-    """Weight of what the latent reader misreads."""
+    """Weight of what the latent reader misreads of face and expression."""
+    closures: float = 0.1
+    """Weight of the cross-entropy of closed lips, as the latent reader sees them."""
     pure_noise: float = 0.25
     """Share of rows at t = 1, where the conditions alone tell what to draw and logit-normal timesteps hardly come."""
     optimiser: Optimiser = OptimiserConfig(learning_rate=3e-3, warmup_steps=50, decay="linear")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_closures(self.closures)
+
+
+def flow_matching_loss(
+    model: Functional, params: Params, batch: DiTBatch, key: Array, reader: LatentReader, settings: Settings
+) -> tuple[Float[Array, ""], Metrics]:
+    """What an update lowers, by the timesteps and weights of `settings`; and its parts: `loss`, the velocity error, and what `misreading` gives."""
+    k_t, k_noise, k_distance = jax.random.split(key, 3)
+    b, f = batch.latents.shape[:2]
+    t = logit_normal_timesteps(k_t, (b, 1), settings.shift)
+    t = jnp.where(jnp.arange(b)[:, None] < settings.pure_noise * b, 1.0, t)
+    t = jnp.broadcast_to(t, (b, f))
+    noise = jax.random.normal(k_noise, batch.latents.shape)
+    distance = jax.random.randint(k_distance, (b,), 4, 31).astype(jnp.float32)
+    x = interpolate(batch.latents, noise, t)
+    velocity = bidirectional_velocity(model, params, batch, x, t, distance)
+    value = weighted_velocity_loss(velocity, noise - batch.latents, batch.weight)
+    misread = misreading(reader, batch, velocity, noise, t)
+    asked = settings.reading * (misread["identity"] + misread["expression"]) + settings.closures * misread["closures"]
+    return value + asked, {"loss": value} | misread
 
 
 def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) -> Stage:
@@ -90,19 +115,8 @@ def flow_matching_stage(
 
     reader = reader_model(config)
 
-    def losses(params: Params, batch: DiTBatch, key: Array, reader_params: Params) -> tuple[Float[Array, ""], dict]:
-        k_t, k_noise, k_distance = jax.random.split(key, 3)
-        b, f = batch.latents.shape[:2]
-        t = logit_normal_timesteps(k_t, (b, 1), settings.shift)
-        t = jnp.where(jnp.arange(b)[:, None] < settings.pure_noise * b, 1.0, t)
-        t = jnp.broadcast_to(t, (b, f))
-        noise = jax.random.normal(k_noise, batch.latents.shape)
-        distance = jax.random.randint(k_distance, (b,), 4, 31).astype(jnp.float32)
-        x = interpolate(batch.latents, noise, t)
-        velocity = bidirectional_velocity(model, text_kept(params), batch, x, t, distance)
-        value = weighted_velocity_loss(velocity, noise - batch.latents, batch.weight)
-        misread = misreading(reader.bind(reader_params), batch, velocity, noise, t)
-        return value + settings.reading * (misread["identity"] + misread["expression"]), {"loss": value} | misread
+    def losses(params: Params, batch: DiTBatch, key: Array, reader_params: Params) -> tuple[Float[Array, ""], Metrics]:
+        return flow_matching_loss(model, text_kept(params), batch, key, reader.bind(reader_params), settings)
 
     def update(state: TrainState, key: Array, data: dict, batch: ClipWindows) -> tuple[TrainState, dict]:
         k_data, k_loss = jax.random.split(key)

@@ -3,7 +3,7 @@
 ReFL (Xu et al. 2023, https://arxiv.org/abs/2304.05977), with several differentiable steps at the end as in DRaFT-K (Clark et al. 2023,
 https://arxiv.org/abs/2309.17400). The last of them answers with the clean latents that its velocity points to, so that the window may end
 anywhere. What keeps the teacher from pleasing rewards and nobody else is the squared distance of its velocities from those of the model
-that the stage starts from, at the points that the window passes.
+that the stage starts from, at the points that the window passes, and the loss of the pre-training on the same clips (`clip_loss`).
 """
 
 import dataclasses
@@ -21,7 +21,9 @@ from pikastream_jax.dit import Denoiser
 from pikastream_jax.flash_vae import FlashVAE
 from pikastream_jax.nn.layers import Functional, Params, functional
 from pikastream_jax.training.checkpoint import load_weights
+from pikastream_jax.training.clip_loss import teachers_loss, training_rows
 from pikastream_jax.training.dit_data import DiTBatch, clip_constants, prepare_batch, text_kept, windows
+from pikastream_jax.training.latent_reader import load_reader
 from pikastream_jax.training.loop import Metrics, Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
@@ -130,7 +132,7 @@ def anchor_distance(
 
 
 def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) -> Stage:
-    """The stage. `init` names `clips`, `flash_vae`, `denoiser`, the model to start from and to stay near, and the four rewards.
+    """The stage. `init` names `clips`, `flash_vae`, `reader`, `denoiser`, the model to start from and to stay near, and the four rewards.
 
     Raises:
       ValueError: more latent frames decoded than there are.
@@ -160,29 +162,35 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         return as_shown(pixels, reference_picture(vae, statistics, rows.reference), mel)
 
     def update(state: TrainState, key: Array, data: dict, batch: dict) -> tuple[TrainState, Metrics]:
-        k_rows, k_noise, k_first, k_stretch, k_distance = jax.random.split(key, 5)
+        k_rows, k_noise, k_first, k_stretch, k_distance, k_clips = jax.random.split(key, 6)
         rows = split_batch(prepare_batch(config, data, batch, k_rows, train=False))
         noise = jax.random.normal(k_noise, rows.latents.shape)
         first = jax.random.randint(k_first, (), settings.earliest, settings.solver_steps - settings.window + 1)
         stretch = jax.random.randint(k_stretch, (), 0, settings.latent_frames - settings.decoded - context + 1)
         distance = jax.random.randint(k_distance, (settings.batch,), 4, 31).astype(jnp.float32)
+        clips, k_loss = training_rows(config, data, batch, k_clips)
 
         def loss(params: Params):
             clean, passed = sampled_window(model, text_kept(params), rows, noise, times, first, settings.window, distance)
             shown = judged(rows, clean, data, stretch)
             value, scores = reward_loss(rewards, data["rewards"], shown, settings.weights, settings.clip)
             away = anchor_distance(model, data["anchor"], rows, *passed, distance)
-            return value + settings.anchor * away, scores | {"distance": away}
+            value, parts = value + settings.anchor * away, scores | {"distance": away}
+            if settings.data:
+                kept, misread = teachers_loss(config, model, params, data, clips, k_loss)
+                value, parts = value + settings.data * kept, parts | misread
+            return value, parts
 
         gradient, parts = jax.grad(loss, has_aux=True)(state.params)
-        # The surrogate's value means nothing; what the stage lowers is the distance and minus the scores' worth.
-        value = settings.anchor * parts["distance"] - parts["worth"]
+        # The surrogate's value means nothing; what the stage lowers is the distance, the loss on clips and minus the scores' worth.
+        value = settings.anchor * parts["distance"] + settings.data * parts.get("data", 0.0) - parts["worth"]
         return state.descend(gradient, optimiser, settings.ema), {"loss": value} | parts
 
     @functools.cache
     def data() -> dict:
         flash_vae = restore_into(vae_model.abstract, load_weights(init["flash_vae"], "flash_vae"))
-        return clip_constants(init["clips"]) | {"flash_vae": flash_vae, "rewards": reward_params, "anchor": start()}
+        constants = clip_constants(init["clips"]) | {"reader": load_reader(config, init["reader"])}
+        return constants | {"flash_vae": flash_vae, "rewards": reward_params, "anchor": start()}
 
     @functools.cache
     def held_out_windows():
@@ -203,8 +211,10 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
 
         asked = jnp.asarray(times[settings.earliest : -1])
         away = anchor_distance(model, data["anchor"], rows, points, asked, jax.lax.map(velocity, (points, asked)), distance)
-        value = settings.anchor * away - scores["worth"]
-        return {"loss": value, "distance": away} | scores, rows.latents, clean
+        # Measured with weight 0 too: it tells what rewards alone take.
+        kept, misread = teachers_loss(config, model, params, data, rows, jax.random.key(2))
+        value = settings.anchor * away + settings.data * kept - scores["worth"]
+        return {"loss": value, "distance": away} | scores | misread, rows.latents, clean
 
     def sample(state: TrainState, path: Path) -> None:
         _, truth, generated = held_out(state.ema, data(), held_out_windows())

@@ -25,6 +25,7 @@ from pikastream_jax.dit import Denoiser
 from pikastream_jax.nn.layers import Functional, Params, functional
 from pikastream_jax.streaming.step import Models
 from pikastream_jax.training.checkpoint import load_weights
+from pikastream_jax.training.clip_loss import students_loss, training_rows
 from pikastream_jax.training.dit_causal import record
 from pikastream_jax.training.dit_data import CROP, DiTBatch, clip_constants, prepare_batch, text_kept, windows
 from pikastream_jax.training.dmd import counted_mean, matching_gradient, matching_loss, score_timesteps
@@ -36,7 +37,7 @@ from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.training.previews import save_preview
 from pikastream_jax.training.roll_out import Script, check_evictions, cropped, in_sequence, roll_out, with_swaps
 from pikastream_jax.training.sampling import Guidance, bidirectional_velocity, guided
-from pikastream_jax.training.settings import DiTSettings, Optimiser
+from pikastream_jax.training.settings import Optimiser, RemindedSettings
 from pikastream_jax.training.training_form import training_form, training_models
 from pikastream_jax.weights.safetensors_io import restore_into
 
@@ -44,7 +45,7 @@ HELD_OUT = 16  # clips that are rolled out to be measured
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(DiTSettings):
+class Settings(RemindedSettings):
     """Settings of the stage; a row of a batch is a roll-out."""
 
     updates: int = 400
@@ -167,13 +168,14 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         return dataclasses.replace(state, extra={"critic": params, "optimiser": critic_optimiser.init(params)})
 
     def update(state: TrainState, key: Array, data: dict, batch: dict) -> tuple[TrainState, Metrics]:
-        k_rows, k_swap, k_noise, k_exit, k_t, k_score, k_critic = jax.random.split(key, 7)
+        k_rows, k_swap, k_noise, k_exit, k_t, k_score, k_critic, k_clips = jax.random.split(key, 8)
         rows = split_batch(prepare_batch(config, data, batch, k_rows, drop=0.0, crop=CROP))
         script = Script.of(rows, config.stream.chunk)
         script = with_swaps(script, rows.other_reference, k_swap, script.prompt.shape[1] - 1)
         told, counts = script.last(settings.judged, rows)
         noise = jax.random.normal(k_noise, rows.latents.shape)
         exit_step = jax.random.randint(k_exit, (settings.batch,), 0, config.stream.steps)
+        clips, k_loss = training_rows(config, data, batch, k_clips)
 
         def student(params: Params):
             _, shown, clean = roll_out(models, text_kept(params), script, noise, exit_step, settings.judged)
@@ -185,9 +187,15 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
             fake = expected_clean(critic, state.extra["critic"], told, x, t, Guidance(), distance)
             gradient = matching_gradient(seen, fake, real, counts)
             size = jnp.sqrt(counted_mean(gradient**2, counts))
-            return matching_loss(generated, gradient, counts), (seen, {"matching": size} | health(shown))
+            matched = matching_loss(generated, gradient, counts)
+            total, parts = matched, {"loss": matched, "matching": size} | health(shown)
+            if settings.data:
+                kept, misread = students_loss(config, models.denoiser, params, data, clips, k_loss)
+                total, parts = total + settings.data * kept, parts | misread
+            return total, (seen, parts)
 
-        (loss, (seen, metrics)), gradient = jax.value_and_grad(student, has_aux=True)(state.params)
+        # The loss that is reported is the distribution's alone: the held-out one, of what streams show, has no part on clips either.
+        gradient, (seen, metrics) = jax.grad(student, has_aux=True)(state.params)
 
         def critic_update(carry, key):
             params, optimiser_state = carry
@@ -201,7 +209,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         carry, critic_losses = jax.lax.scan(critic_update, carry, jax.random.split(k_critic, settings.critic_updates))
         state = state.descend(gradient, optimiser, settings.ema)
         state = dataclasses.replace(state, extra=dict(zip(("critic", "optimiser"), carry, strict=True)))
-        return state, {"loss": loss, "critic": jnp.mean(critic_losses)} | metrics
+        return state, {"critic": jnp.mean(critic_losses)} | metrics
 
     @functools.cache
     def data() -> dict:
@@ -214,7 +222,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
     def read(params: Params, data: dict, batch) -> tuple[Metrics, Array, Array]:
         rows, latents = held_out.roll_out(params, data, batch)
         said, true = (reader.bind(data["reader"])(x, rows.boxes, rows.truth) for x in (latents, rows.latents))
-        parts = reading_error(said, true) | {"statistics": distance_of_statistics(latents, rows.latents)}
+        parts = reading_error(said, true.readings, rows.opening) | {"statistics": distance_of_statistics(latents, rows.latents)}
         return {"loss": sum(parts.values())} | parts | health(latents), rows.latents, latents
 
     read = jax.jit(read)

@@ -3,7 +3,7 @@
 Roll-outs as in self-forcing (`roll_out`): the exit step of every judged chunk carries the gradient. Its clean latents are decoded with the
 rolling cache that the stream has at that place, rewards see the pixels of all judged chunks as one clip, and the gradient goes back into each
 chunk's exit step and no further. The anchor is the student that the stage starts from: the squared distance of velocities at the exit steps,
-both asked under the same cache.
+both asked under the same cache. Beside both stands the loss of `dit_causal --objective data` on the same clips (`clip_loss`).
 """
 
 import dataclasses
@@ -21,9 +21,11 @@ from pikastream_jax.flash_vae.latents import LatentStatistics
 from pikastream_jax.nn.layers import Params
 from pikastream_jax.streaming.step import Models
 from pikastream_jax.training.checkpoint import load_weights
+from pikastream_jax.training.clip_loss import students_loss, training_rows
 from pikastream_jax.training.dit_causal import record
 from pikastream_jax.training.dit_data import clip_constants, prepare_batch, text_kept, windows
 from pikastream_jax.training.held_out_streams import HeldOutStreams
+from pikastream_jax.training.latent_reader import load_reader
 from pikastream_jax.training.loop import Metrics, Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
@@ -86,7 +88,7 @@ def decode_along(
 
 
 def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) -> Stage:
-    """The stage. `init` names `clips`, `flash_vae`, `denoiser`, the student to start from and to stay near, and the four rewards.
+    """The stage. `init` names `clips`, `flash_vae`, `reader`, `denoiser`, the student to start from and to stay near, and the four rewards.
 
     Raises:
       ValueError: lengths that are no roll-out, or that leave no chunk before the judged ones.
@@ -103,7 +105,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         return restore_into(models.denoiser.abstract, load_weights(init["denoiser"], "denoiser"))
 
     def update(state: TrainState, key: Array, data: dict, batch: dict) -> tuple[TrainState, Metrics]:
-        k_rows, k_swap, k_noise, k_exit = jax.random.split(key, 4)
+        k_rows, k_swap, k_noise, k_exit, k_clips = jax.random.split(key, 5)
         rows = split_batch(prepare_batch(config, data, batch, k_rows, train=False))
         # No later than the first judged chunk: rewards compare the whole of what they see with one picture.
         script = with_swaps(Script.of(rows, config.stream.chunk), rows.other_reference, k_swap, unjudged)
@@ -113,6 +115,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         vae, statistics = models.flash_vae.bind(data["flash_vae"]), data["statistics"]
         known = learn(models.denoiser.bind(data["anchor"]), script)
         reference = reference_picture(vae, statistics, told.reference)
+        clips, k_loss = training_rows(config, data, batch, k_clips)
 
         def loss(params: Params):
             def keep(exit, velocity):
@@ -123,17 +126,22 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
             shown = as_shown(decode_along(vae, statistics, latents, clean), reference, told.mel)
             value, scores = reward_loss(rewards, data["rewards"], shown, settings.weights, settings.clip)
             away = jnp.mean(away)
-            return value + settings.anchor * away, scores | {"distance": away}
+            value, parts = value + settings.anchor * away, scores | {"distance": away}
+            if settings.data:
+                kept, misread = students_loss(config, models.denoiser, params, data, clips, k_loss)
+                value, parts = value + settings.data * kept, parts | misread
+            return value, parts
 
         gradient, parts = jax.grad(loss, has_aux=True)(state.params)
-        # The surrogate's value means nothing; what the stage lowers is the distance and minus the scores' worth.
-        value = settings.anchor * parts["distance"] - parts["worth"]
+        # The surrogate's value means nothing; what the stage lowers is the distance, the loss on clips and minus the scores' worth.
+        value = settings.anchor * parts["distance"] + settings.data * parts.get("data", 0.0) - parts["worth"]
         return state.descend(gradient, optimiser, settings.ema), {"loss": value} | parts
 
     @functools.cache
     def data() -> dict:
         flash_vae = restore_into(models.flash_vae.abstract, load_weights(init["flash_vae"], "flash_vae"))
-        return clip_constants(init["clips"]) | {"flash_vae": flash_vae, "rewards": reward_params, "anchor": start()}
+        constants = clip_constants(init["clips"]) | {"reader": load_reader(config, init["reader"])}
+        return constants | {"flash_vae": flash_vae, "rewards": reward_params, "anchor": start()}
 
     streams = HeldOutStreams(config, init["clips"], settings.latent_frames, HELD_OUT)
 
@@ -144,7 +152,9 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         pixels = decode_from(vae, statistics, latents[:, : -settings.judged], latents[:, -settings.judged :])
         shown = as_shown(pixels, reference_picture(vae, statistics, rows.reference), rows.mel[:, -settings.judged :])
         scores = score_metrics(rewards.scores(data["rewards"], shown), settings.weights)
-        return {"loss": -scores["worth"]} | scores, rows.latents, latents
+        # Measured with weight 0 too: it tells what rewards alone take.
+        kept, misread = students_loss(config, models.denoiser, params, data, rows, jax.random.key(2), train=False)
+        return {"loss": settings.data * kept - scores["worth"]} | scores | misread, rows.latents, latents
 
     def sample(state: TrainState, path: Path) -> None:
         _, truth, generated = held_out(state.ema, data(), streams.windows())

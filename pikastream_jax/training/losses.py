@@ -1,7 +1,10 @@
-"""Reconstruction losses and image measures."""
+"""Reconstruction losses and image measures, and what lips that should be closed cost."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from pikastream_jax.measuring.lipsync import CLOSED
 
 
 def region_weights(
@@ -56,6 +59,15 @@ def motion_loss(
     weight = weight[..., 1:, :, :] / jnp.mean(weight)
     change = error[..., 1:, :, :, :] - error[..., :-1, :, :, :]
     return jnp.mean(weight[..., None] * (jnp.abs(change) + 2.0 * change * change))
+
+
+def closure_loss(logit: Float[Array, "*b"], opening: Float[Array, "*b"]) -> Float[Array, ""]:
+    """Binary cross-entropy, in nats, of "the lips are closed in this video frame".
+
+    Args:
+      opening: the true one; closed is what lip sync is measured by, an opening below `lipsync.CLOSED`.
+    """
+    return jnp.mean(jax.nn.softplus(jnp.where(opening < CLOSED, -logit, logit)))
 
 
 def psnr(squared_error: Float[Array, "*b"]) -> Float[Array, "*b"]:

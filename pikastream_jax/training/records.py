@@ -117,7 +117,7 @@ class Records:
         if split not in record["shards"]:
             raise ValueError(f"{folder} has no split {split!r}: it has {', '.join(record['shards'])}")
         if missing := sorted(set(fields) - set(record["fields"])):
-            raise ValueError(f"the records in {folder} lack {', '.join(missing)}: make them anew")
+            raise ValueError(f"the records in {folder} lack {', '.join(missing)}: delete the folder and make it anew")
         self._layout, self._bytes = {}, 0
         for name, (shape, kind) in record["fields"].items():
             dtype, size = np.dtype(kind).newbyteorder("<"), math.prod(shape)

@@ -61,7 +61,8 @@ class Script:
         size = self.mel.shape[1] // self.prompt.shape[1]
         prompt, face = (jnp.repeat(leaf, size, axis=1)[:, -frames:] for leaf in (self.prompt, self.face))
         stretch = {
-            field: getattr(batch, field)[:, -frames:] for field in ("latents", "mel", "weight", "boxes", "truth", "motion")
+            field: getattr(batch, field)[:, -frames:]
+            for field in ("latents", "mel", "weight", "boxes", "truth", "opening", "motion")
         }
         shown = jnp.take_along_axis(self.reference, face[:, -1, None, None, None, None], axis=1)[:, 0]
         told = dict(reference=shown, tokens=self.tokens, valid=self.valid, frame_prompt=prompt, keep_audio=jnp.ones_like(batch.keep_audio))

@@ -137,7 +137,7 @@ def rolling_passes(
             audio=jax.tree.map(lambda leaf: now(leaf, rows=1), conditions.audio),
             motion=now(conditions.motion),
         )
-        framed = ("latents", "mel", "frame_prompt", "weight", "boxes", "truth", "motion")
+        framed = ("latents", "mel", "frame_prompt", "weight", "boxes", "truth", "opening", "motion")
         rows = dataclasses.replace(batch, **{field: now(getattr(batch, field)) for field in framed})
         shown = Pass(rows, now(noise), t)
         velocity, own = chunk_velocity(models, params, state, told)(interpolate(rows.latents, shown.noise, t), t)

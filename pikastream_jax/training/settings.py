@@ -46,6 +46,19 @@ class DiTSettings(StageSettings):
     form: Annotated[Form, tyro.conf.arg(name="")] = Form()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RemindedSettings(DiTSettings):
+    """Settings of a stage with an objective of its own, beside which it may keep the loss on clips (`clip_loss`)."""
+
+    data: float = 0.0
+    """Weight of the loss on clips that the model was trained with before, which keeps what no reward asks for, such as blinks; 0 leaves it out."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.data < float("inf"):
+            raise ValueError(f"data {self.data} must be finite and at least 0: it is the weight of the loss on clips")
+
+
 def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     """The same settings with other values, those of an inner dataclass given as a mapping of their own.
 

@@ -76,7 +76,7 @@ STAGES = {
         takes={"denoiser": (), "audio": ("audio_pretrain",), "text": ("text_pretrain",)},
     ),
     "dit_sft": Entry(_PACKAGE + "dit_sft", needs=_CLIPS | _READER | {"denoiser": ("dit_pretrain",)}),
-    "dit_reward": Entry(_PACKAGE + "dit_reward", needs=_CLIPS | _REWARDS | {"denoiser": TEACHERS[1:]}),
+    "dit_reward": Entry(_PACKAGE + "dit_reward", needs=_CLIPS | _READER | _REWARDS | {"denoiser": TEACHERS[1:]}),
     "dit_causal": Entry(_PACKAGE + "dit_causal", needs=_CLIPS | _READER | {"denoiser": TEACHERS}, takes={"pairs": ("ode_pairs",)}),
     "dit_guidance": Entry(_PACKAGE + "dit_guidance", needs=_CLIPS | {"denoiser": ("dit_causal",)}, takes={"guide": ()}),
     "dit_self_forcing": Entry(
@@ -85,7 +85,7 @@ STAGES = {
         takes={"critic": ()},
     ),
     "dit_student_reward": Entry(
-        _PACKAGE + "dit_student_reward", needs=_CLIPS | _REWARDS | {"denoiser": ("dit_self_forcing", "dit_causal")}
+        _PACKAGE + "dit_student_reward", needs=_CLIPS | _READER | _REWARDS | {"denoiser": ("dit_self_forcing", "dit_causal")}
     ),
 }
 

@@ -22,6 +22,7 @@ CHANGED = 7  # latent frame at which clips of odd numbers follow their second ca
 def coded_clip(config: Config, clip: int) -> dict[str, np.ndarray]:
     """Latents are 100 x clip + latent frame, the reference clip + 1, captions of tokens 10 + clip and 20 + clip.
 
+    Lips open from 0 to 15 / 32 over four latent frames, again and again; in the first of the four they are closed.
     The sound of latent frame n has the level 5 + clip + n. Clip n is better than clip n - 1 by every measure.
     """
     frame = np.arange(LENGTH)
@@ -39,6 +40,7 @@ def coded_clip(config: Config, clip: int) -> dict[str, np.ndarray]:
         "reference": np.full(grid, 1.0 + clip, np.float16),
         "boxes": boxes,
         "truth": truth,
+        "opening": (np.arange(4 * LENGTH) % 16 / 32).reshape(LENGTH, 4).astype(np.float16),
         "mel": np.repeat(level[:, None], config.audio.mels, axis=1).astype(np.uint8),
         "tokens": np.array([[10 + clip] * config.text.length, [20 + clip] * config.text.length], np.int32),
         "valid": np.array([4, 5], np.int32),

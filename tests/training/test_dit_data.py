@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from coded_clips import CHANGED, COUNT, LENGTH, coded_batch, coded_constants, write_coded
+from coded_clips import CHANGED, COUNT, LENGTH, coded_batch, coded_clip, coded_constants, write_coded
 
 from pikastream_jax.data.corpus import MEL_STEP
 from pikastream_jax.text.tokenizer import COMMA
 from pikastream_jax.training import dit_data
+from pikastream_jax.training.clips import conclude
+from pikastream_jax.training.records import Plan, read_constants, write_records
 from tests.small import small_config
 
 CONFIG = small_config(chunk=3, window=3)  # 6 x 4 latents of 8 pixels
@@ -51,6 +53,8 @@ def test_held_out_clips_come_in_order_from_their_start(held_out):
     batch = held_out
     assert batch.latents[:, :, 0, 0, 0].tolist() == [[100 * c + f for f in range(6)] for c in (0, 1, 2, 3, 0)]
     np.testing.assert_allclose(batch.truth[..., 0], batch.latents[..., 0, 0, 0] / 100, rtol=1e-6)
+    np.testing.assert_array_equal(batch.opening, np.tile(np.arange(24).reshape(6, 4) % 16 / 32, (5, 1, 1)))
+    assert batch.opening.dtype == jnp.float32
     assert batch.reference[:, 0, 0, 0].tolist() == [1, 2, 3, 4, 1]
     assert batch.other_reference[:, 0, 0, 0].tolist() == [1, 1, 2, 3, 4], "the row before"
     assert batch.tokens[:, :, 0].tolist() == [[10 + c, 20 + c] for c in (0, 1, 2, 3, 0)]
@@ -66,6 +70,7 @@ def test_windows_are_whole_stretches_with_their_own_sound_and_captions(folder):
     assert set(clip) == set(range(COUNT)) and set(offset) == set(range(LENGTH - 5 + 1))
     at = offset[:, None] + np.arange(5)
     assert (batch.latents[..., 0, 0, 0].astype(int) == 100 * clip[:, None] + at).all()
+    np.testing.assert_array_equal(batch.opening, (4 * at[..., None] + np.arange(4)) % 16 / 32)
     assert (batch.mel[:, ::16, 0] == 5 + clip[:, None] + at).all() and batch.mel.shape[1] == 5 * 16
     assert (batch.tokens[:, 0, 0] == 10 + clip).all()
     assert (batch.frame_prompt == ((clip % 2 == 1)[:, None] & (at >= CHANGED))).all()
@@ -105,11 +110,6 @@ def test_only_the_best_are_curated(tmp_path):
 
 def test_latents_are_normalised(tmp_path):
     """By the statistics over the training clips, which stand beside them."""
-    from coded_clips import coded_clip
-
-    from pikastream_jax.training.clips import conclude
-    from pikastream_jax.training.records import Plan, read_constants, write_records
-
     folder = tmp_path / "clips"
     write_records(folder, Plan({"train": 4}, 4, {}), lambda split, first, count: (coded_clip(CONFIG, i) for i in range(count)), conclude)
     value = 100.0 * np.arange(4)[:, None] + np.arange(LENGTH)
@@ -127,6 +127,18 @@ def test_clips_that_do_not_fit_are_refused(folder):
         dit_data.windows(other, folder, "train", 2, 3, 0)
     with pytest.raises(ValueError, match="windows of 13 latent frames out of clips of 12: ask for 1 to 12"):
         dit_data.windows(CONFIG, folder, "train", 2, 13, 0)
+
+
+def test_clips_made_before_openings_were_kept_are_refused(tmp_path):
+    def old(split, first, count):
+        for number in range(first, first + count):
+            clip = coded_clip(CONFIG, number)
+            del clip["opening"]
+            yield clip
+
+    write_records(tmp_path / "clips", Plan({"train": 2}, 2, {}), old, conclude)
+    with pytest.raises(ValueError, match="clips lack opening: delete the folder and make it anew"):
+        dit_data.windows(CONFIG, tmp_path / "clips", "train", 2, 3, 0)
 
 
 def test_weights_by_hand(held_out):
@@ -196,3 +208,4 @@ def test_a_crop_is_the_same_part_of_video_references_and_weight(plain_sound):
         np.testing.assert_allclose(batch.boxes[row, 0, 1, 2:], [7.5 - 8 * y, 32 - 8 * x])
     np.testing.assert_array_equal(batch.mel, whole.mel)
     np.testing.assert_array_equal(batch.truth, whole.truth)
+    np.testing.assert_array_equal(batch.opening, whole.opening)

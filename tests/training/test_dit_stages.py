@@ -12,8 +12,16 @@ import pytest
 from coded_clips import OUTPUTS, coded_batch, coded_constants
 
 from pikastream_jax.measuring.estimator import COLUMNS, READERS
-from pikastream_jax.training import conditions, dit_causal, dit_data, dit_guidance, dit_pretrain, two_copies
-from pikastream_jax.training.latent_reader import EXPRESSION, reader_model
+from pikastream_jax.training import (
+    conditions,
+    dit_causal,
+    dit_data,
+    dit_guidance,
+    dit_pretrain,
+    latent_reader,
+    two_copies,
+)
+from pikastream_jax.training.latent_reader import EXPRESSION, Said, reader_model
 from pikastream_jax.training.mesh import replicate
 from pikastream_jax.training.optimiser import OptimiserConfig
 from pikastream_jax.weights import safetensors_io
@@ -84,12 +92,14 @@ def test_what_the_causal_loss_asks():
         weight=jnp.asarray(rng.uniform(0.5, 2, (b, f, 6, 4)), jnp.float32),
         boxes=jnp.zeros((b, f, 2, 4)),
         truth=jnp.zeros((b, f, OUTPUTS)),
+        opening=jnp.asarray(rng.uniform(0.0, 0.2, (b, f, 4)), jnp.float32),
         motion=jnp.asarray(rng.normal(size=(b, f, 6)), jnp.float32),
     )
 
     def mean_of_latents(latents, boxes, truth):
         """A reader whose every number is the mean of the latent frame."""
-        return jnp.broadcast_to(latents.mean(axis=(2, 3, 4))[..., None], (b, f, OUTPUTS))
+        mean = latents.mean(axis=(2, 3, 4))[..., None]
+        return Said(jnp.broadcast_to(mean, (b, f, OUTPUTS)), jnp.broadcast_to(mean, (b, f, 4)))
 
     config = small_config(chunk=3, window=3, steps=4, shift=2.0)
     chunk_ids = jnp.arange(f)[None] // jnp.array([[3], [2]] * 4)
@@ -120,6 +130,9 @@ def test_what_the_causal_loss_asks():
     # A velocity of zero leaves x_t where it is, and its mean is misread by that much.
     misread = (asked["latents"][:, f:] - np.asarray(batch.latents)).mean(axis=(2, 3, 4)) ** 2
     assert parts["identity"] == pytest.approx(misread.mean(), rel=1e-4) == parts["expression"]
+    closed = 1 / (1 + np.exp(-asked["latents"][:, f:].mean(axis=(2, 3, 4))))[..., None]  # the chance that it gives
+    price = -np.log(np.where(np.asarray(batch.opening) < 0.1, closed, 1 - closed))
+    assert parts["closures"] == pytest.approx(price.mean(), rel=1e-4)
 
     told = asked["told"]
     np.testing.assert_array_equal(told.audio, np.concatenate([batch.mel, batch.mel], axis=1)[None])
@@ -235,10 +248,11 @@ def test_a_guide_of_its_own(student, teacher, monkeypatch):
             np.testing.assert_array_equal(params["dit"]["head"]["projection"]["kernel"], expected)
 
 
-@pytest.mark.parametrize("kind", ["identity", "expression"])
+@pytest.mark.parametrize("kind", ["identity", "expression", "closures"])
 def test_what_the_reader_misreads_moves_the_weights(kind, teacher, monkeypatch):
     """Both stages descend on it: without the velocity's error, a reader of one kind alone moves the denoiser, a silent one does not."""
-    columns = COLUMNS == "identity" if kind == "identity" else np.isin(COLUMNS, list(EXPRESSION))
+    numbers = np.concatenate([COLUMNS, ["closures"] * 4])  # the logits come after the mouth's readings
+    columns = np.isin(numbers, list(EXPRESSION) if kind == "expression" else [kind])
     for module, errs, objective in ((dit_pretrain, dit_pretrain, {}), (dit_causal, two_copies, {"objective": "data"})):
         monkeypatch.setattr(errs, "weighted_velocity_loss", lambda *arguments: jnp.zeros(()))
         monkeypatch.setattr(module, "make_optimiser", lambda *arguments: optax.sgd(1.0))
@@ -247,13 +261,20 @@ def test_what_the_reader_misreads_moves_the_weights(kind, teacher, monkeypatch):
         for heard, moves in ((columns, True), (np.zeros_like(columns), False)):
             (data, batch), state, first = learnable(4, 6), stage.init(), 0
             for reader in READERS:
-                stop = first + READERS[reader].outputs
                 last = data["reader"][reader][len(data["reader"][reader]) - 1]
+                stop = first + len(last["bias"])
                 last["kernel"] = last["kernel"] * heard[first:stop]
                 first = stop
             after, _ = update(replicate(state), jax.random.key(0), data, batch)
             moved = np.abs(np.asarray(after.params["dit"]["head"]["projection"]["kernel"])).max()
             assert (moved > 1e-6) == moves, (module, moved)
+
+
+def test_a_weight_of_closures_below_0_is_refused():
+    for module in (dit_pretrain, dit_causal, latent_reader):
+        assert module.Settings(closures=0.0).closures == 0
+        with pytest.raises(ValueError, match="closures -0.1 must be 0 or more"):
+            module.Settings(closures=-0.1)
 
 
 def test_pre_training_without_encoders_is_refused():

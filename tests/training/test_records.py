@@ -146,7 +146,7 @@ def test_what_is_not_there_is_named(folder, tmp_path):
         Records(tmp_path / "nowhere", "train")
     with pytest.raises(ValueError, match="has no split 'test': it has train, held_out"):
         Records(folder, "test")
-    with pytest.raises(ValueError, match="lack boxes, truth: make them anew"):
+    with pytest.raises(ValueError, match="lack boxes, truth: delete the folder and make it anew"):
         Records(folder, "train", ["truth", "latents", "boxes"])
     record = json.loads((folder / "record.json").read_text())
     (folder / "record.json").write_text(json.dumps(record | {"format": 0}))

@@ -1,4 +1,4 @@
-"""ReFL on teacher and student: the window of steps, the anchor, decoding along the stream, and updates that climb."""
+"""ReFL on teacher and student: the window of steps, the anchor, decoding along the stream, the loss on clips, and updates that climb."""
 
 import dataclasses
 
@@ -10,8 +10,10 @@ from coded_clips import coded_batch, coded_constants, write_coded
 
 from pikastream_jax.diffusion.flow import solver_timesteps
 from pikastream_jax.rewards import REWARDS, Rewards
-from pikastream_jax.training import dit_reward, dit_student_reward
-from pikastream_jax.training.dit_data import prepare_batch
+from pikastream_jax.training import dit_causal, dit_pretrain, dit_reward, dit_student_reward
+from pikastream_jax.training.dit_data import CROP, prepare_batch, text_kept
+from pikastream_jax.training.latent_reader import reader_model
+from pikastream_jax.training.loop import TrainState
 from pikastream_jax.training.mesh import replicate
 from pikastream_jax.training.optimiser import OptimiserConfig
 from pikastream_jax.training.refl import RewardWeights, decode_from
@@ -21,7 +23,7 @@ from tests.small import randomised, small_config, small_models
 
 CONFIG = small_config(chunk=2, window=4, steps=2)
 ADAM = OptimiserConfig(1e-3, warmup_steps=0, decay="linear", muon=False)
-TEACHER = dit_reward.Settings(updates=10, batch=1, latent_frames=6, solver_steps=4, window=2, earliest=1, decoded=4, optimiser=ADAM)
+TEACHER = dit_reward.Settings(updates=10, batch=2, latent_frames=6, solver_steps=4, window=2, earliest=1, decoded=4, optimiser=ADAM)
 STUDENT = dit_student_reward.Settings(updates=10, batch=2, latent_frames=8, judged=4, optimiser=ADAM)
 
 
@@ -30,6 +32,7 @@ def init(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     _, params = small_models(CONFIG)
     weights = {"denoiser": params.denoiser, "flash_vae": params.flash_vae}
+    weights["reader"] = randomised(reader_model(CONFIG).abstract, 0)
     weights |= {f"reward_{name}": randomised(model.abstract, 3) for name, model in Rewards.of(CONFIG).models.items()}
     for name, tree in weights.items():
         safetensors_io.save(folder / f"{name}.safetensors", tree, dtype=jnp.float32)
@@ -82,6 +85,52 @@ def test_pixels_along_the_stream_are_the_streams():
     assert (change[:8] > 1e-3).all() and (change[8:] < 1e-4).all(), "the next chunk is decoded after what the stream showed"
 
 
+CLIPS = {"data", "data_identity", "data_expression", "data_closures"}
+
+
+def of_the_pre_training(model, params, rows, key, reader):
+    return dit_pretrain.flow_matching_loss(model, params, rows, key, reader, dit_pretrain.Settings())
+
+
+def of_teacher_forcing(model, params, rows, key, reader):
+    return dit_causal.teacher_forcing_loss(CONFIG, model, params, rows, key, reader, dit_causal.Settings(objective="data"), train=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "settings", "keys", "of_clips"),
+    [(dit_reward, TEACHER, 6, of_the_pre_training), (dit_student_reward, STUDENT, 5, of_teacher_forcing)],
+)
+def test_the_gradient_is_that_of_the_rewards_and_of_the_clips(init, module, settings, keys, of_clips, monkeypatch):
+    """The second on the same windows as the earlier stage sees them, and with weight 0 not at all."""
+    monkeypatch.setattr(TrainState, "descend", lambda state, gradient, *rest: gradient)
+    key, found = jax.random.key(3), {}
+    for weight in (0.0, 0.5):
+        stage = module.build(CONFIG, 0, init, dataclasses.replace(settings, data=weight))
+        state, data, batch = replicate(stage.init()), replicate(stage.data()), stage.batches()[0]
+        found[weight] = jax.jit(stage.update)(state, key, data, batch)
+    k_rows, k_loss = jax.random.split(jax.random.split(key, keys)[-1])
+
+    @jax.jit
+    def alone(params, data, batch):
+        rows = prepare_batch(CONFIG, data, batch, k_rows, train=True, crop=CROP)
+        reader = reader_model(CONFIG).bind(data["reader"])
+        model = small_models(CONFIG)[0].denoiser
+        return jax.grad(lambda params: of_clips(model, text_kept(params), rows, k_loss, reader), has_aux=True)(params)
+
+    clips, parts = alone(state.params, data, batch)
+    (rewards, before), (both, metrics) = found[0.0], found[0.5]
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(clips))
+    assert largest > 1e-3 and max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(rewards)) > 1e-6
+    jax.tree.map(lambda a, b, c: np.testing.assert_allclose(c, a + 0.5 * b, rtol=1e-3, atol=1e-4 * largest), rewards, clips, both)
+    assert set(metrics) - set(before) == CLIPS
+    weights = dit_pretrain.Settings() if module is dit_reward else dit_causal.Settings()
+    total = parts["loss"] + weights.reading * (parts["identity"] + parts["expression"]) + weights.closures * parts["closures"]
+    assert metrics["data"] == pytest.approx(float(total), rel=1e-4)
+    assert all(metrics[f"data_{name}"] == pytest.approx(float(parts[name]), rel=1e-4) for name in ("identity", "expression", "closures"))
+    assert metrics["loss"] == pytest.approx(float(before["loss"] + 0.5 * total), rel=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("module", "settings"), [(dit_reward, TEACHER), (dit_student_reward, STUDENT)])
 def test_updates_move_the_denoiser_and_nothing_else(init, module, settings):
@@ -92,13 +141,16 @@ def test_updates_move_the_denoiser_and_nothing_else(init, module, settings):
     for step in range(2):
         state, metrics = update(state, jax.random.fold_in(jax.random.key(0), step), data, batches[step])
         state = dataclasses.replace(state, step=state.step + 1)
-        assert {*REWARDS, "distance", "loss"} == set(metrics) and all(np.isfinite(float(value)) for value in metrics.values())
-        wanted = float(metrics["distance"]) - sum(float(metrics[name]) for name in REWARDS)
+        assert {*REWARDS, *CLIPS, "worth", "distance", "loss"} == set(metrics) and all(np.isfinite(float(value)) for value in metrics.values())
+        wanted = float(metrics["distance"]) - float(metrics["worth"]) + settings.data * float(metrics["data"])
         assert float(metrics["loss"]) == pytest.approx(wanted, rel=1e-4, abs=1e-4)
         assert (float(metrics["distance"]) < 1e-8) == (step == 0), "at first it is the anchor itself"
     moved = safetensors_io.flatten(jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b).max(), state.params, first))
     assert moved["dit.head.projection.kernel"] > 0 == max(value for name, value in moved.items() if name.startswith("text."))
-    assert np.isfinite(float(stage.evaluate(state)["loss"]))
+    figures = stage.evaluate(state)
+    assert {*REWARDS, *CLIPS, "worth", "loss"} <= set(figures)
+    wanted = float(figures.get("distance", 0.0)) - float(figures["worth"]) + settings.data * float(figures["data"])
+    assert float(figures["loss"]) == pytest.approx(wanted, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +159,8 @@ def test_updates_move_the_denoiser_and_nothing_else(init, module, settings):
         (dit_reward, TEACHER, {"window": 4}, "a window of 4 of 4 steps after 1 or more"),
         (dit_reward, TEACHER, {"decoded": 5}, "decoded 5 latent frames and FlashVAE's window of 2 before them are more than the clip's 6"),
         (dit_reward, TEACHER, {"anchor": -1.0}, "anchor -1.0 must be at least 0"),
+        (dit_reward, TEACHER, {"data": -1.0}, "data -1.0 must be finite and at least 0: it is the weight of the loss on clips"),
+        (dit_student_reward, STUDENT, {"data": float("nan")}, "data nan must be finite and at least 0"),
         (dit_reward, TEACHER, {"weights": dict(identity=-1.0)}, "the weight -1.0 of reward identity must be finite and at least 0"),
         (dit_student_reward, STUDENT, {"judged": 8}, "judged 8 latent frames of as many"),
         (dit_student_reward, STUDENT, {"latent_frames": 6}, "use 8 or more, so that eviction is trained"),

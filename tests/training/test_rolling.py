@@ -14,6 +14,7 @@ from pikastream_jax.measuring.estimator import READERS
 from pikastream_jax.streaming.state import init_state, install_reference
 from pikastream_jax.streaming.step import denoise_chunk, write_chunk
 from pikastream_jax.training.dit_data import DiTBatch
+from pikastream_jax.training.latent_reader import Said
 from pikastream_jax.training.rolling import (
     chunk_sizes,
     partition_levels,
@@ -48,6 +49,7 @@ def batch_of(config=CONFIG, frames=FRAMES) -> DiTBatch:
         weight=jnp.asarray(rng.uniform(0.5, 2.0, (BATCH, frames, 6, 4)), jnp.float32),
         boxes=jnp.zeros((BATCH, frames, 2, 4)),
         truth=normal(BATCH, frames, 5),
+        opening=jnp.asarray(rng.uniform(0.0, 0.2, (BATCH, frames, 4)), jnp.float32),
         motion=normal(BATCH, frames, config.dit.motion),
     )
 
@@ -131,13 +133,14 @@ def test_losses_by_hand():
     batch, size, key = batch_of(), jnp.array([2, 1]), jax.random.key(3)
 
     def reader(latents, boxes, truth):
-        return jnp.broadcast_to(latents.mean(axis=(2, 3, 4))[..., None], (*latents.shape[:2], READINGS))
+        mean = latents.mean(axis=(2, 3, 4))[..., None]
+        return Said(jnp.broadcast_to(mean, (*latents.shape[:2], READINGS)), jnp.broadcast_to(mean, (*latents.shape[:2], 4)))
 
     noise = jax.random.normal(key, batch.latents.shape)
     run = jax.jit(functools.partial(rolling_passes, CONFIG, judge=lambda shown, velocity: (shown, velocity)))
     shown, velocity = run(params.denoiser, batch, noise, size)
     parts = jax.jit(lambda params: rolling_losses(CONFIG, params, batch, key, size, reader))(params.denoiser)
-    losses, misread = [], []
+    losses, misread, closures = [], [], []
     for number in range(3):
         for row in range(BATCH):
             now = slice(number * int(size[row]), number * int(size[row]) + 4)
@@ -148,8 +151,12 @@ def test_losses_by_hand():
             losses.append((np.asarray(batch.weight[row, now]) * (error**2).mean(-1)).mean())
             t = np.asarray(shown.t[number, row])
             misread.append(((t * error.mean(axis=(1, 2, 3))) ** 2).mean())
+            logit = (clean - t[:, None, None, None] * error).mean(axis=(1, 2, 3))[:, None]
+            sign = np.where(np.asarray(batch.opening[row, now]) < 0.1, -1, 1)
+            closures.append(np.log(1 + np.exp(sign * logit)).mean())
     assert parts["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
     assert parts["identity"] == pytest.approx(np.mean(misread), rel=1e-3) == parts["expression"]
+    assert parts["closures"] == pytest.approx(np.mean(closures), rel=1e-3)
 
 
 def test_gradient_reaches_the_weights_but_not_through_the_cache():

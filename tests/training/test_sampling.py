@@ -38,6 +38,7 @@ def some_batch(b=2, f=3, seed=0) -> DiTBatch:
         weight=jnp.ones((b, f, 6, 4)),
         boxes=jnp.zeros((b, f, 2, 4)),
         truth=jnp.zeros((b, f, 8)),
+        opening=jnp.zeros((b, f, 4)),
         motion=jnp.asarray(rng.normal(size=(b, f, CONFIG.dit.motion)), jnp.float32),
     )
 

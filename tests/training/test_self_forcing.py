@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from coded_clips import write_coded
 
-from pikastream_jax.training import dit_self_forcing
+from pikastream_jax.training import dit_causal, dit_self_forcing
+from pikastream_jax.training.dit_data import CROP, prepare_batch, text_kept
 from pikastream_jax.training.dmd import TIMESTEPS
 from pikastream_jax.training.latent_reader import reader_model
+from pikastream_jax.training.loop import TrainState
 from pikastream_jax.training.mesh import replicate
 from pikastream_jax.training.optimiser import OptimiserConfig
 from pikastream_jax.training.sampling import Guidance
@@ -99,8 +101,35 @@ def test_an_update_moves_student_and_critic(init):
         moved = safetensors_io.flatten(jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b).max(), after, before))
         assert moved["dit.head.projection.kernel"] > 0 == max(value for name, value in moved.items() if name.startswith("text."))
     figures = stage.evaluate(state)
-    assert {"loss", "identity", "expression", "statistics", "size", "spread", "change"} == set(figures)
-    assert figures["loss"] == pytest.approx(float(figures["identity"] + figures["expression"] + figures["statistics"]), rel=1e-5)
+    assert {"loss", "identity", "expression", "closures", "statistics", "size", "spread", "change"} == set(figures)
+    assert figures["loss"] == pytest.approx(sum(float(figures[name]) for name in ("identity", "expression", "closures", "statistics")), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_clips_beside_the_teacher(init, monkeypatch):
+    """The gradient is the sum of the distribution's and of `data` times that of teacher forcing on the same windows; the loss is the first's."""
+    monkeypatch.setattr(TrainState, "descend", lambda state, gradient, *rest: dataclasses.replace(state, params=gradient))
+    key, found = jax.random.key(3), {}
+    for weight in (0.0, 0.5):
+        stage = dit_self_forcing.build(CONFIG, 0, init, dataclasses.replace(SETTINGS, data=weight, critic_updates=1))
+        state, data, batch = replicate(stage.init()), replicate(stage.data()), stage.batches()[0]
+        found[weight] = jax.jit(stage.update)(state, key, data, batch)
+    k_rows, k_loss = jax.random.split(jax.random.split(key, 8)[-1])
+
+    @jax.jit
+    def alone(params, data, batch):
+        rows = prepare_batch(CONFIG, data, batch, k_rows, train=True, crop=CROP)
+        model, reader = small_models(CONFIG)[0].denoiser, reader_model(CONFIG).bind(data["reader"])
+        asked = dit_causal.Settings(objective="data")
+        return jax.grad(lambda params: dit_causal.teacher_forcing_loss(CONFIG, model, text_kept(params), rows, k_loss, reader, asked, train=True)[0])(params)
+
+    clips = alone(state.params, data, batch)
+    (without, before), (both, metrics) = found[0.0], found[0.5]
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(clips))
+    assert largest > 1e-3
+    jax.tree.map(lambda a, b, c: np.testing.assert_allclose(c, a + 0.5 * b, rtol=1e-3, atol=1e-4 * largest), without.params, clips, both.params)
+    assert metrics["loss"] == pytest.approx(float(before["loss"]), rel=1e-4)
+    assert set(metrics) - set(before) == {"data", "data_identity", "data_expression", "data_closures"}
 
 
 @pytest.mark.parametrize(
@@ -111,6 +140,7 @@ def test_an_update_moves_student_and_critic(init):
         ({"teacher": "tiny"}, "preset tiny cannot judge preset small: its flash_vae"),
         ({"critic_updates": 0}, "critic_updates 0 must be at least 1"),
         ({"shift": 0.0}, "shift 0.0 must be above 0"),
+        ({"data": float("inf")}, "data inf must be finite and at least 0"),
     ],
 )
 def test_what_cannot_be_is_refused(init, changes, message):
