@@ -12,7 +12,7 @@ import jax
 import tyro
 
 from configs import preset, stage_init, stage_settings
-from pikastream_jax.training.loop import NonFiniteError, run
+from pikastream_jax.training.loop import NonFiniteError, rehearse, run
 from pikastream_jax.training.mesh import make_mesh
 from pikastream_jax.training.processes import Processes
 from pikastream_jax.training.recipe import run_recipe
@@ -47,6 +47,8 @@ class Run:
     """Checkpoints that stay, the newest."""
     replay: bool = False
     """Don't train: run the update again at which a run stopped because something was not finite, and tell what went wrong first."""
+    rehearse: bool = False
+    """Don't train: make one update, one evaluation and one picture, which puts all programs into the compilation cache."""
     cpu_devices: int = 1
     """Without an accelerator: pose as this many devices, one to a core; it gains little, see docs/training.md."""
     processes: int = 1
@@ -73,6 +75,10 @@ class Recipe:
     """Everything random follows from it."""
     minutes: float | None = None
     """Stop after about this many minutes."""
+    jobs: int = 1
+    """Steps that run at once, each as soon as what it starts from is there; for a GPU, which one of the small presets' steps does not fill."""
+    rehearse: bool = False
+    """Start all steps' processes at the beginning, and compile the programs of those whose turn is yet to come."""
 
 
 def main() -> int:
@@ -84,7 +90,7 @@ def main() -> int:
     try:
         if name == "recipe":
             told = tyro.cli(Recipe, args=flags, prog="train.py recipe")
-            run_recipe(told.config, told.runs or Path("runs") / told.config, told.seed, told.minutes)
+            run_recipe(told.config, told.runs or Path("runs") / told.config, told.seed, told.minutes, jobs=told.jobs, rehearse=told.rehearse)
         elif name in STAGES:
             _train(name, STAGES[name], flags)
         else:
@@ -123,6 +129,9 @@ def _train(name: str, entry: Entry, flags: list[str]) -> None:
     folder = how.out or how.runs_folder / name
     if how.replay:
         print(replay(stage, folder))
+        return
+    if how.rehearse:
+        rehearse(stage, folder, mesh=mesh)
         return
     try:
         run(stage, folder, minutes=how.minutes, steps=how.steps, keep=how.keep, mesh=mesh)

@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from configs.base_1_3b import base_1_3b
+from configs.nano import FLAGS as NANO_FLAGS
 from configs.nano import INIT as NANO_INIT
+from configs.nano import LEFT_OUT as NANO_LEFT_OUT
 from configs.nano import SETTINGS as NANO_SETTINGS
 from configs.nano import nano
 from configs.pikastream_9b import pikastream_9b
+from configs.tiny import FLAGS as TINY_FLAGS
+from configs.tiny import SETTINGS as TINY_SETTINGS
 from configs.tiny import tiny
 from pikastream_jax.config import Config
 
@@ -31,10 +35,20 @@ def preset(name: str, **stream) -> Config:
 
 
 def stage_settings(name: str) -> dict[str, dict[str, Any]]:
-    """For each stage of the training what a preset wants different from the stage's own settings, which are those of `tiny`."""
-    return {"nano": NANO_SETTINGS}.get(name, {})
+    """For each stage of the training what a preset wants different from the stage's own settings."""
+    return {"nano": NANO_SETTINGS, "tiny": TINY_SETTINGS}.get(name, {})
 
 
 def stage_init(name: str) -> dict[str, dict[str, Path]]:
     """For each stage of a preset what it starts from where nothing else is named with --init."""
     return {"nano": NANO_INIT}.get(name, {})
+
+
+def left_out(name: str) -> tuple[str, ...]:
+    """Steps of the recipe that a preset goes without."""
+    return {"nano": NANO_LEFT_OUT}.get(name, ())
+
+
+def step_flags(name: str) -> dict[str, tuple[str, ...]]:
+    """Flags of single steps of a preset's recipe, by the run that a step makes: two steps may be of one stage."""
+    return {"nano": NANO_FLAGS, "tiny": TINY_FLAGS}.get(name, {})

@@ -177,6 +177,22 @@ def run(
             stretch.close()
 
 
+def rehearse(stage: Stage, out_dir: str | Path, *, mesh: Mesh | None = None) -> None:
+    """One update, one evaluation and one picture of a run that begins, without a checkpoint: then all its programs are compiled.
+
+    What comes out is not looked at: a rehearsal may start from anything.
+
+    Args:
+      out_dir: for the pictures and what else a run writes; not the run's own folder.
+    """
+    stretch = _Stretch(stage, Path(out_dir), 1, 1, make_mesh() if mesh is None else mesh)
+    try:
+        with jax.set_mesh(stretch.mesh):
+            stretch.rehearse()
+    finally:
+        stretch.close()
+
+
 class _Stretch:
     """One process's share of a run: the state between updates, and the open files."""
 
@@ -252,6 +268,15 @@ class _Stretch:
         self.checkpoints.wait()
         self._report(stop_request)
         return self.state
+
+    def rehearse(self) -> None:
+        batch = put_batch(self.batches.take(), self.mesh) if self.batches else {}
+        self.state, _ = self.update(self.state, self.data, batch)
+        if self.stage.evaluate:
+            jax.block_until_ready(self.stage.evaluate(self.state))
+        if self.stage.sample:
+            self._sample()
+        jax.block_until_ready(_finite_leaves(self.state))
 
     def close(self) -> None:
         with contextlib.ExitStack() as stack:  # each is closed though another's last bytes found the disk full

@@ -3,21 +3,30 @@
 Every step is a command of its own, in a process of its own, which leaves its result in a folder of `runs/CONFIG` and finds there what it
 starts from. The recipe can be stopped anywhere and goes on with the same command: steps that are complete are passed over, and a stage that
 was cut short continues at its last checkpoint.
+
+On a fast device a stage of the small presets takes a minute, and its process as long again to start, trace and compile. So `--jobs 4` runs up to
+four steps at once, each as soon as all it may start from is there, and `--rehearse` starts every step's processes at the beginning: one does the
+step once in small (`rehearsal`), by which its programs come into JAX's compilation cache, and another waits for its turn.
 """
 
 import dataclasses
 import json
-import signal
-import subprocess
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
-from configs import preset, stage_settings
+from configs import left_out, preset, stage_settings, step_flags
 from pikastream_jax.training.checkpoint import CHECKPOINTS
+from pikastream_jax.training.rehearsal import Rehearsals
 from pikastream_jax.training.settings import changed
-from pikastream_jax.training.stages import STAGES
+from pikastream_jax.training.signals import stop_on_signal
+from pikastream_jax.training.stages import FLASH_VAE, STAGES, TEACHERS
+from pikastream_jax.training.worker import Worker
+
+_POLL = 0.05  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,21 +37,33 @@ class Step:
       run: name of the folder that it makes, within the folder of all runs.
       stage: the stage that makes it, or the module to run with `python -m`.
       flags: what differs from the stage's defaults.
+      reads: runs that a command which is no stage starts from; of a stage `STAGES` tells them.
+      few: flags by which such a command makes just enough to rehearse with.
     """
 
     run: str
     stage: str
     flags: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    few: tuple[str, ...] = ()
 
     @property
     def is_stage(self) -> bool:
         return self.stage in STAGES
 
+    @property
+    def starts_from(self) -> set[str]:
+        """Runs that it would take something from, were they there."""
+        if not self.is_stage:
+            return set(self.reads)
+        entry = STAGES[self.stage]
+        return {run for runs in (*entry.needs.values(), *entry.takes.values()) for run in runs}
+
     def command(self, config: str, runs: Path, seed: int) -> list[str]:
-        """The command line, by the interpreter that runs this one."""
+        """The command line, without the interpreter."""
         common = ["--config", config, "--runs", str(runs), "--seed", str(seed)]
         program = ["train.py", self.stage] if self.is_stage else ["-m", self.stage]
-        return [sys.executable, *program, *common, "--out", str(runs / self.run), *self.flags]
+        return [*program, *common, "--out", str(runs / self.run), *self.flags, *step_flags(config).get(self.run, ())]
 
     def complete(self, config: str, runs: Path) -> bool:
         """Whether nothing is left to do: a stage has done all its updates, another command has put its result in place."""
@@ -56,12 +77,14 @@ class Step:
 
 RECIPE = (
     Step("vae_low_res", "vae_low_res"),
+    # Of another seed than the estimator that measures: no weights are trained to please that one.
+    Step("face_reader", "face_estimator", ("--seed", "1")),
+    Step("audio_pretrain", "audio_pretrain"),
     Step("vae_streaming", "vae_streaming"),
     Step("vae_adversarial", "vae_adversarial"),
-    Step("clips", "pikastream_jax.training.clips"),
-    Step("audio_pretrain", "audio_pretrain"),
-    Step("text_pretrain", "text_pretrain"),
+    Step("clips", "pikastream_jax.training.clips", reads=FLASH_VAE, few=("--count", "32", "--held-out", "32")),
     Step("latent_reader", "latent_reader"),
+    Step("text_pretrain", "text_pretrain"),
     Step("dit_pretrain", "dit_pretrain"),
     Step("dit_sft", "dit_sft"),
     Step("reward_identity", "reward_identity"),
@@ -69,13 +92,28 @@ RECIPE = (
     Step("reward_motion", "reward_motion"),
     Step("reward_artifact", "reward_artifact"),
     Step("dit_reward", "dit_reward"),
-    Step("ode_pairs", "pikastream_jax.training.ode_pairs"),
+    Step("ode_pairs", "pikastream_jax.training.ode_pairs", reads=("clips", *TEACHERS), few=("--count", "8", "--held-out", "8")),
     Step("dit_causal", "dit_causal"),
-    # Half the sequences of an update in the sequential schedule, which then takes as long.
-    Step("dit_causal_rolling", "dit_causal", ("--objective", "data", "--schedule", "rolling", "--latent-frames", "18", "--batch", "3")),
     Step("dit_self_forcing", "dit_self_forcing"),
     Step("dit_student_reward", "dit_student_reward"),
+    Step("dit_causal_rolling", "dit_causal", ("--objective", "data", "--schedule", "rolling", "--latent-frames", "18")),
 )
+
+
+class Process(Protocol):
+    """What the recipe needs of a `Worker`."""
+
+    def run(self, command: list[str]) -> None:
+        """Starts a command."""
+
+    def status(self) -> int | None:
+        """Exit status of the last command; None while it runs."""
+
+    def stop(self) -> None:
+        """Asks the command to save and leave."""
+
+    def close(self) -> None:
+        """Ends the process."""
 
 
 def run_recipe(
@@ -83,64 +121,146 @@ def run_recipe(
     runs: Path,
     seed: int,
     minutes: float | None,
+    *,
+    jobs: int = 1,
+    rehearse: bool = False,
     steps: Sequence[Step] = RECIPE,
-    call: Callable[[list[str]], int] | None = None,
+    worker: Callable[[], Process] = Worker,
 ) -> None:
-    """Runs the steps that are not complete, in order.
+    """Runs the steps that are not complete, each once all is complete that comes before it and that it may start from.
 
     Args:
       minutes: stop after about this long; the same command goes on. A command that is no stage is not begun in the last minute, and not
         cut short.
-      call: runs a command and gives its exit status; by default a process that Ctrl-C and SIGTERM reach, too.
+      jobs: steps at a time, the first of the recipe first.
+      rehearse: start the processes of all steps at once, and rehearse those whose turn is yet to come.
+      worker: starts a process that runs commands.
 
     Raises:
-      ValueError: no such preset, or a step failed.
+      ValueError: no such preset, no job at a time, or a step failed; the steps beside it are asked to save and leave.
     """
     preset(config)
-    call = call or _call
-    started, spent = time.monotonic(), {}
-    for number, step in enumerate(steps, start=1):
-        if step.complete(config, runs):
-            continue
-        left = None if minutes is None else minutes - (time.monotonic() - started) / 60
-        if left is not None and left < 1:
-            break
-        command = step.command(config, runs, seed)
-        if step.is_stage and left is not None:
-            command += ["--minutes", f"{left:.2f}"]
-        print(f"recipe: step {number} of {len(steps)}, {step.run}", file=sys.stderr, flush=True)
-        began = time.monotonic()
-        status = call(command)
-        spent[step.run] = round((time.monotonic() - began) / 60, 2)
-        if status:
-            raise ValueError(f"the recipe stopped at {step.run} (exit status {status}); the same command goes on from there")
-        if not step.complete(config, runs):
-            break
-    _report(config, runs, steps, spent)
+    if jobs < 1:
+        raise ValueError(f"--jobs {jobs} must be at least 1: so many steps run at once")
+    if jobs > 1 or rehearse:
+        # Several processes share the device's memory: none may take most of it beforehand.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if rehearse:
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # of small programs there are many
+    steps = [step for step in steps if step.run not in left_out(config)]
+    course = _Course(config, runs, seed, minutes, steps, worker)
+    with stop_on_signal() as asked:
+        try:
+            if rehearse:
+                course.rehearse(Rehearsals(config, runs / "rehearsal", seed))
+            while course.go_on(jobs, stopped=bool(asked)):
+                time.sleep(_POLL)
+        finally:
+            course.close()
+    course.report()
 
 
-def _report(config: str, runs: Path, steps: Sequence[Step], spent: dict[str, float]) -> None:
-    """Adds the minutes of this stretch to those of earlier ones, in `recipe.json`, and says what is left."""
-    record = runs / "recipe.json"
-    minutes = json.loads(record.read_text()) if record.is_file() else {}
-    for run, more in spent.items():
-        minutes[run] = round(minutes.get(run, 0.0) + more, 2)
-    runs.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(minutes, indent=2) + "\n")
-    left = [step.run for step in steps if not step.complete(config, runs)]
-    for run, taken in minutes.items():
-        print(f"recipe: {run} {taken} minutes", file=sys.stderr)
-    print(f"recipe: left: {', '.join(left)}" if left else f"recipe: complete, {sum(minutes.values()):.0f} minutes", file=sys.stderr)
+class _Course:
+    """Who runs what at the moment."""
 
+    def __init__(self, config: str, runs: Path, seed: int, minutes: float | None, steps: Sequence[Step], worker: Callable[[], Process]):
+        self.config, self.runs, self.seed, self.steps, self.worker = config, runs, seed, steps, worker
+        self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self.left = [step for step in steps if not step.complete(config, runs)]
+        self.running: dict[str, tuple[Step, Process, float]] = {}
+        self.waiting: dict[str, Process] = {}  # for their turn
+        self.rehearsals: Rehearsals | None = None
+        self.rehearsing: dict[str, Process] = {}
+        self.rehearsed: set[str] = set()
+        self.spent: dict[str, float] = {}
+        self.cut_short = False
 
-def _call(command: list[str]) -> int:
-    """Runs a command to its end. What asks this process to stop asks that one, which saves and leaves; then the recipe leaves, too."""
-    process = subprocess.Popen(command)
-    # A terminal sends Ctrl-C to both, and a second one would keep the other from saving: here it is only not to end this process.
-    handlers = {signal.SIGINT: lambda number, frame: None, signal.SIGTERM: lambda number, frame: process.send_signal(number)}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        return process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def rehearse(self, rehearsals: Rehearsals) -> None:
+        self.rehearsals = rehearsals
+        for step in self.left:
+            self.waiting[step.run] = self.worker()
+
+    def go_on(self, jobs: int, stopped: bool) -> bool:
+        """Takes note of what has ended and starts what can be started; whether anything runs.
+
+        Raises:
+          ValueError: a step failed.
+        """
+        for run, (step, process, began) in list(self.running.items()):
+            status = process.status()
+            if status is None:
+                continue
+            del self.running[run]
+            process.close()
+            self.spent[run] = round((time.monotonic() - began) / 60, 2)
+            if status:
+                raise ValueError(f"the recipe stopped at {run} (exit status {status}); the same command goes on from there")
+            if not step.complete(self.config, self.runs):
+                self.cut_short = True
+        if stopped and not self.cut_short:
+            self.cut_short = True
+            for _, process, _ in self.running.values():
+                process.stop()
+        while len(self.running) < jobs and not self.cut_short and (step := self._next()):
+            self._start(step)
+        if self.running and not self.cut_short:
+            self._rehearse_some()
+        return bool(self.running)
+
+    def _next(self) -> Step | None:
+        """The first step that can be started."""
+        not_there = {step.run for step in self.left} | set(self.running)
+        for number, step in enumerate(self.left):
+            before = {other.run for other in self.steps[: self.steps.index(step)]}
+            if not step.starts_from & before & not_there:
+                if self.deadline is not None and self.deadline - time.monotonic() < 60:
+                    return None
+                return self.left.pop(number)
+        return None
+
+    def _start(self, step: Step) -> None:
+        print(f"recipe: step {self.steps.index(step) + 1} of {len(self.steps)}, {step.run}", file=sys.stderr, flush=True)
+        if step.run in self.rehearsing:
+            self.rehearsing.pop(step.run).close()  # what it has compiled is kept
+        process = self.waiting.pop(step.run, None) or self.worker()
+        command = step.command(self.config, self.runs, self.seed)
+        if step.is_stage and self.deadline is not None:
+            command += ["--minutes", f"{(self.deadline - time.monotonic()) / 60:.2f}"]
+        process.run(command)
+        self.running[step.run] = step, process, time.monotonic()
+
+    def _rehearse_some(self) -> None:
+        """As many rehearsals at a time as half the cores: a compilation takes more than one."""
+        for run in [run for run, process in self.rehearsing.items() if process.status() is not None]:
+            self.rehearsing.pop(run).close()  # it would keep the device's memory
+        for step in self.left:
+            if self.rehearsals is None or len(self.rehearsing) >= max(1, (os.cpu_count() or 1) // 2):
+                return
+            if step.run not in self.rehearsed and self.rehearsals.possible(step):
+                self.rehearsed.add(step.run)
+                self.rehearsing[step.run] = self.worker()
+                self.rehearsing[step.run].run(self.rehearsals.command(step))
+
+    def close(self) -> None:
+        for _, process, _ in self.running.values():
+            process.stop()
+        for _, process, _ in self.running.values():
+            while process.status() is None:
+                time.sleep(_POLL)
+        for process in (*self.waiting.values(), *self.rehearsing.values(), *(process for _, process, _ in self.running.values())):
+            process.close()
+        if self.rehearsals is not None:
+            self.rehearsals.close()
+
+    def report(self) -> None:
+        """Adds the minutes of this stretch to those of earlier ones, in `recipe.json`, and says what is left."""
+        record = self.runs / "recipe.json"
+        minutes = json.loads(record.read_text()) if record.is_file() else {}
+        for run, more in self.spent.items():
+            minutes[run] = round(minutes.get(run, 0.0) + more, 2)
+        self.runs.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(minutes, indent=2) + "\n")
+        left = [step.run for step in self.steps if not step.complete(self.config, self.runs)]
+        for run, taken in minutes.items():
+            print(f"recipe: {run} {taken} minutes", file=sys.stderr)
+        print(f"recipe: left: {', '.join(left)}" if left else f"recipe: complete, {sum(minutes.values()):.0f} minutes of all steps together", file=sys.stderr)

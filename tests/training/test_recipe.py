@@ -1,81 +1,167 @@
-"""The recipe: order, hand-over, going on where it was stopped, and what it says when a step fails."""
+"""The recipe: order, hand-over, steps side by side, going on where it was stopped, and what it says when a step fails."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 import train
+from configs import preset
+from pikastream_jax.flash_vae import FlashVAE
+from pikastream_jax.nn.layers import functional
+from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.recipe import RECIPE, Step, run_recipe
+from pikastream_jax.training.rehearsal import Rehearsals
 from pikastream_jax.training.stages import STAGES, Entry
+from pikastream_jax.weights.safetensors_io import restore_into
 
 ROOT = Path(train.__file__).resolve().parent
-STEPS = (Step("first", "toy"), Step("pairs", "some.module"), Step("second", "toy", ("--nan-loss-at", "99")))
+STEPS = (Step("first", "toy"), Step("pairs", "some.module", reads=("first",)), Step("second", "taker", ("--nan-loss-at", "99")))
 
 
 class Machine:
-    """Plays the processes: a stage does `reach` of its 60 updates, another command makes its folder."""
+    """Plays the processes: a stage does `reach` of its 60 updates, another command makes its folder. A command ends when it is asked for the
+    `slow`-th time whether it has."""
 
-    def __init__(self, reach=60, fails=None):
-        self.reach, self.fails, self.asked = reach, fails, []
+    def __init__(self, reach=60, fails=None, slow=None):
+        self.reach, self.fails, self.slow = reach, fails, slow or {}
+        self.asked, self.log, self.stopped, self.closed = [], [], [], 0
 
-    def __call__(self, command):
-        self.asked.append(command)
-        out = Path(command[command.index("--out") + 1])
-        if out.name == self.fails:
+    def __call__(self):
+        return Played(self)
+
+
+class Played:
+    def __init__(self, machine):
+        self.machine, self.name, self.left = machine, None, 0
+
+    def run(self, command):
+        self.machine.asked.append(command)
+        self.out = Path(command[command.index("--out") + 1])
+        self.name, self.left = self.out.name, self.machine.slow.get(self.out.name, 0)
+        self.machine.log.append(f"{self.name} begins")
+
+    def status(self):
+        if self.name is None:
+            return 0
+        if self.left:
+            self.left -= 1
+            return None
+        name, self.name = self.name, None
+        self.machine.log.append(f"{name} ends")
+        if name == self.machine.fails:
             return 3
-        (out / "checkpoints" / str(self.reach)).mkdir(parents=True)
+        (self.out / "checkpoints" / str(self.machine.reach)).mkdir(parents=True)
         return 0
+
+    def stop(self):
+        self.machine.stopped.append(self.name)
+        self.left = 0
+
+    def close(self):
+        self.machine.closed += 1
 
 
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
     monkeypatch.setitem(STAGES, "toy", Entry("toy_stage"))
+    monkeypatch.setitem(STAGES, "taker", Entry("toy_stage", needs={"pairs": ("pairs",)}))
 
 
 def test_steps_run_in_order_and_complete_ones_are_passed_over(tmp_path, capsys):
     machine = Machine()
-    run_recipe("tiny", tmp_path, 5, None, STEPS, machine)
+    run_recipe("tiny", tmp_path, 5, None, steps=STEPS, worker=machine)
     common = ["--config", "tiny", "--runs", str(tmp_path), "--seed", "5", "--out"]
     assert machine.asked == [
-        [sys.executable, "train.py", "toy", *common, str(tmp_path / "first")],
-        [sys.executable, "-m", "some.module", *common, str(tmp_path / "pairs")],
-        [sys.executable, "train.py", "toy", *common, str(tmp_path / "second"), "--nan-loss-at", "99"],
+        ["train.py", "toy", *common, str(tmp_path / "first")],
+        ["-m", "some.module", *common, str(tmp_path / "pairs")],
+        ["train.py", "taker", *common, str(tmp_path / "second"), "--nan-loss-at", "99"],
     ]
+    assert machine.log == [f"{name} {what}" for name in ("first", "pairs", "second") for what in ("begins", "ends")]
+    assert machine.closed == 3
     assert "recipe: complete" in capsys.readouterr().err
     assert set(json.loads((tmp_path / "recipe.json").read_text())) == {"first", "pairs", "second"}
     again = Machine()
-    run_recipe("tiny", tmp_path, 5, None, STEPS, again)
+    run_recipe("tiny", tmp_path, 5, None, steps=STEPS, worker=again)
     assert not again.asked
+
+
+def test_steps_run_side_by_side_as_soon_as_what_they_take_is_there(tmp_path):
+    machine = Machine(slow={"first": 4, "free": 2})
+    steps = (*STEPS, Step("free", "toy"), Step("last", "toy"))
+    run_recipe("tiny", tmp_path, 0, None, jobs=2, steps=steps, worker=machine)
+    assert machine.log[:3] == ["first begins", "free begins", "free ends"], "what waits for the first step is passed over"
+    assert machine.log.index("first ends") < machine.log.index("pairs begins")
+    assert machine.log.index("pairs ends") < machine.log.index("second begins")
+    running = 0
+    for event in machine.log:
+        running += 1 if event.endswith("begins") else -1
+        assert running <= 2
+    assert {path.name for path in tmp_path.iterdir()} == {step.run for step in steps} | {"recipe.json"}
+
+
+def test_a_step_takes_nothing_from_steps_behind_it(tmp_path):
+    """What could also hand something over, but comes later in the recipe, is not waited for."""
+    steps = (Step("pairs", "toy"), Step("second", "taker"), Step("third", "toy"))
+    STAGES["taker"].needs["pairs"] = ("third", "pairs")
+    machine = Machine()
+    run_recipe("tiny", tmp_path, 0, None, steps=steps, worker=machine)
+    assert machine.log[::2] == ["pairs begins", "second begins", "third begins"]
+
+
+def test_no_job_at_a_time_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--jobs 0 must be at least 1"):
+        run_recipe("tiny", tmp_path, 0, None, jobs=0, steps=STEPS, worker=Machine())
 
 
 def test_a_step_cut_short_ends_the_stretch_and_is_continued(tmp_path, capsys):
     machine = Machine(reach=30)
-    run_recipe("tiny", tmp_path, 0, 8.0, STEPS, machine)
+    run_recipe("tiny", tmp_path, 0, 8.0, steps=STEPS, worker=machine)
     assert len(machine.asked) == 1 and float(machine.asked[0][-1]) == pytest.approx(8.0, abs=0.1)
     assert "recipe: left: first, pairs, second" in capsys.readouterr().err
     machine.reach = 60
-    run_recipe("tiny", tmp_path, 0, 8.0, STEPS, machine)
+    run_recipe("tiny", tmp_path, 0, 8.0, steps=STEPS, worker=machine)
     assert len(machine.asked) == 4 and "--minutes" not in machine.asked[2], "a command that is no stage runs to its end"
 
 
 def test_no_time_no_step(tmp_path):
     machine = Machine()
-    run_recipe("tiny", tmp_path, 0, 0.5, STEPS, machine)
+    run_recipe("tiny", tmp_path, 0, 0.5, steps=STEPS, worker=machine)
     assert not machine.asked
 
 
 def test_a_failure_names_the_step_and_what_is_done_stays(tmp_path):
+    machine = Machine(fails="pairs", slow={"free": 99})
     with pytest.raises(ValueError, match="stopped at pairs .exit status 3.; the same command goes on"):
-        run_recipe("tiny", tmp_path, 0, None, STEPS, Machine(fails="pairs"))
+        run_recipe("tiny", tmp_path, 0, None, jobs=2, steps=(*STEPS, Step("free", "toy")), worker=machine)
+    assert machine.stopped == ["free"] and (tmp_path / "free" / "checkpoints" / "60").exists(), "the step beside it saves"
     machine = Machine()
-    run_recipe("tiny", tmp_path, 0, None, STEPS, machine)
+    run_recipe("tiny", tmp_path, 0, None, steps=STEPS, worker=machine)
     assert len(machine.asked) == 2
+
+
+def test_sigterm_stops_what_runs_and_nothing_new_begins(tmp_path):
+    machine = Machine(slow={"first": 10_000})
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    run_recipe("tiny", tmp_path, 0, None, steps=STEPS, worker=machine)
+    assert machine.log == ["first begins", "first ends"] and machine.stopped == ["first"]
+
+
+def test_processes_rehearse_until_it_is_their_turn(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    machine = Machine(slow={"first": 20})
+    run_recipe("nano", tmp_path, 0, None, rehearse=True, steps=STEPS, worker=machine)
+    rehearsed = [command for command in machine.asked if "rehearsal" in command[command.index("--out") + 1]]
+    assert [Path(command[command.index("--out") + 1]).name for command in rehearsed] == ["pairs", "second"]
+    assert "--rehearse" in rehearsed[1] and "--rehearse" not in rehearsed[0]
+    assert machine.closed == 5
+    assert not (tmp_path / "rehearsal").exists()
 
 
 def test_every_step_is_a_stage_or_a_module_and_finds_what_it_needs():
@@ -91,20 +177,86 @@ def test_every_step_is_a_stage_or_a_module_and_finds_what_it_needs():
     assert len(made) == len(RECIPE)
 
 
-def test_sigterm_reaches_the_step(tmp_path):
-    """The process under the recipe is asked to stop, and the recipe waits until it has left."""
-    step = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); print('up', flush=True); time.sleep(60)"
-    code = f"from pikastream_jax.training.recipe import _call; import sys; print('left', _call([sys.executable, '-c', {step!r}]))"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, text=True
+def test_every_step_can_rehearse(tmp_path):
+    """Its command names files that are there, in shapes that fit what takes them, and nothing that it would not take."""
+    rehearsals = Rehearsals("nano", tmp_path / "rehearsal", 3)
+    for step in RECIPE:
+        assert rehearsals.possible(step), step.run
+        command = rehearsals.command(step)
+        assert Path(command[command.index("--out") + 1]) == tmp_path / "rehearsal" / step.run
+        if step.is_stage:
+            given = command[command.index("--init") + 1 :] if "--init" in command else []
+            found = STAGES[step.stage].hand_over(step.stage, train.parse_init(tuple(given)), tmp_path)
+            assert set(STAGES[step.stage].needs) <= set(found)
+        else:
+            (tmp_path / "rehearsal" / step.run).mkdir()  # what it makes, others read
+    model = functional(lambda rngs: FlashVAE(preset("nano").flash_vae, rngs=rngs))
+    restore_into(model.abstract, load_weights(tmp_path / "rehearsal" / "random" / "flash_vae.safetensors", "flash_vae"))
+    rehearsals.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rehearsal_waits_for_the_records_that_it_reads(tmp_path):
+    rehearsals = Rehearsals("nano", tmp_path / "rehearsal", 3)
+    steps = {step.run: step for step in RECIPE}
+    assert not rehearsals.possible(steps["dit_pretrain"]) and rehearsals.possible(steps["reward_identity"])
+    (tmp_path / "rehearsal" / "clips").mkdir()
+    assert rehearsals.possible(steps["dit_pretrain"]) and not rehearsals.possible(steps["dit_causal"])
+
+
+def test_a_worker_runs_commands_one_after_another(tmp_path):
+    """In one process: what the first leaves in memory is there for the second."""
+    (tmp_path / "first_command.py").write_text("import builtins, os; builtins.left_here = os.getpid()\n")
+    (tmp_path / "second_command.py").write_text("import os, sys; sys.exit(5 if left_here == os.getpid() and sys.argv[1:] == ['x'] else 6)\n")
+    code = (
+        "import sys, time\n"
+        f"sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n"
+        "from pikastream_jax.training.worker import Worker\n"
+        "def wait(worker):\n"
+        "    while worker.status() is None: time.sleep(0.01)\n"
+        "    return worker.status()\n"
+        "if __name__ == '__main__':\n"
+        "    worker = Worker()\n"
+        "    said = []\n"
+        "    for command in (['-m', 'first_command'], ['-m', 'second_command', 'x'], ['-m', 'no_such_module']):\n"
+        "        worker.run(command)\n"
+        "        said.append(wait(worker))\n"
+        "    worker.close()\n"
+        "    print(said)\n"
     )
-    try:
-        assert process.stdout.readline().strip() == "up"
-        time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        assert process.communicate(timeout=30)[0].strip() == "left 0"
-    finally:
-        process.kill()
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    assert done.stdout.strip() == "[0, 5, 1]", done.stderr
+    assert "no_such_module" in done.stderr
+
+
+def test_a_stopped_worker_lets_its_command_leave(tmp_path):
+    (tmp_path / "saves.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
+        f"pathlib.Path({str(tmp_path / 'up')!r}).touch()\n"
+        "time.sleep(60)\n"
+    )
+    code = (
+        "import pathlib, sys, time\n"
+        f"sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n"
+        "from pikastream_jax.training.worker import Worker\n"
+        "if __name__ == '__main__':\n"
+        "    worker = Worker()\n"
+        "    worker.run(['-m', 'saves'])\n"
+        f"    while not pathlib.Path({str(tmp_path / 'up')!r}).exists(): time.sleep(0.01)\n"
+        "    worker.stop()\n"
+        "    while worker.status() is None: time.sleep(0.01)\n"
+        "    print(worker.status())\n"
+        "    worker.close()\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    assert done.stdout.strip() == "0", done.stderr
+    assert time.monotonic() - started < 60
 
 
 def test_the_recipe_refuses_an_unknown_preset(monkeypatch, capsys):

@@ -54,6 +54,12 @@ def test_a_run_that_broke_is_replayed_by_the_same_command(monkeypatch, tmp_path,
     assert "has no nan_step_* folder" in capsys.readouterr().err
 
 
+def test_a_rehearsal_leaves_nothing_to_go_on_from(monkeypatch, tmp_path):
+    assert command_line(monkeypatch, "toy", "--out", tmp_path, "--rehearse") == 0
+    assert not list((tmp_path / "checkpoints").iterdir())
+    assert command_line(monkeypatch, "toy", "--out", tmp_path, "--steps", "1") == 0
+
+
 def test_settings_are_flags_and_stand_in_the_record(monkeypatch, tmp_path):
     for folder, asked, rate in (("given", ["--learning-rate", "2e-4"], 2e-4), ("own", [], 3e-2)):
         assert command_line(monkeypatch, "toy", "--out", tmp_path / folder, "--steps", "1", *asked) == 0
