@@ -27,6 +27,7 @@ from pikastream_jax.training.stages import FLASH_VAE, STAGES, TEACHERS
 from pikastream_jax.training.worker import Worker
 
 _POLL = 0.05  # seconds
+_NICE = 10  # of rehearsals: a step that runs compiles before those that are still to come
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,7 @@ def run_recipe(
     jobs: int = 1,
     rehearse: bool = False,
     steps: Sequence[Step] = RECIPE,
-    worker: Callable[[], Process] = Worker,
+    worker: Callable[[int], Process] = Worker,
 ) -> None:
     """Runs the steps that are not complete, each once all is complete that comes before it and that it may start from.
 
@@ -134,7 +135,7 @@ def run_recipe(
         cut short.
       jobs: steps at a time, the first of the recipe first.
       rehearse: start the processes of all steps at once, and rehearse those whose turn is yet to come.
-      worker: starts a process that runs commands.
+      worker: starts a process of that niceness, which runs commands.
 
     Raises:
       ValueError: no such preset, no job at a time, or a step failed; the steps beside it are asked to save and leave.
@@ -163,7 +164,7 @@ def run_recipe(
 class _Course:
     """Who runs what at the moment."""
 
-    def __init__(self, config: str, runs: Path, seed: int, minutes: float | None, steps: Sequence[Step], worker: Callable[[], Process]):
+    def __init__(self, config: str, runs: Path, seed: int, minutes: float | None, steps: Sequence[Step], worker: Callable[[int], Process]):
         self.config, self.runs, self.seed, self.steps, self.worker = config, runs, seed, steps, worker
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.left = [step for step in steps if not step.complete(config, runs)]
@@ -178,7 +179,7 @@ class _Course:
     def rehearse(self, rehearsals: Rehearsals) -> None:
         self.rehearsals = rehearsals
         for step in self.left:
-            self.waiting[step.run] = self.worker()
+            self.waiting[step.run] = self.worker(0)
 
     def go_on(self, jobs: int, stopped: bool) -> bool:
         """Takes note of what has ended and starts what can be started; whether anything runs.
@@ -222,7 +223,7 @@ class _Course:
         print(f"recipe: step {self.steps.index(step) + 1} of {len(self.steps)}, {step.run}", file=sys.stderr, flush=True)
         if step.run in self.rehearsing:
             self.rehearsing.pop(step.run).close()  # what it has compiled is kept
-        process = self.waiting.pop(step.run, None) or self.worker()
+        process = self.waiting.pop(step.run, None) or self.worker(0)
         command = step.command(self.config, self.runs, self.seed)
         if step.is_stage and self.deadline is not None:
             command += ["--minutes", f"{(self.deadline - time.monotonic()) / 60:.2f}"]
@@ -238,7 +239,7 @@ class _Course:
                 return
             if step.run not in self.rehearsed and self.rehearsals.possible(step):
                 self.rehearsed.add(step.run)
-                self.rehearsing[step.run] = self.worker()
+                self.rehearsing[step.run] = self.worker(_NICE)
                 self.rehearsing[step.run].run(self.rehearsals.command(step))
 
     def close(self) -> None:

@@ -17,10 +17,14 @@ class Worker:
     It has imported what trains before the first command comes, and a second one finds the device set up and small programs compiled.
     """
 
-    def __init__(self):
+    def __init__(self, niceness: int = 0):
+        """
+        Args:
+          niceness: by how much other processes come before this one, see `os.nice`.
+        """
         spawning = multiprocessing.get_context("spawn")  # a fork of a process that has used JAX would hang
         self._connection, there = spawning.Pipe()
-        self._process = spawning.Process(target=_serve, args=(there,), daemon=True)
+        self._process = spawning.Process(target=_serve, args=(there, niceness), daemon=True)
         self._process.start()
         there.close()
         self._status: int | None = 0
@@ -66,7 +70,8 @@ class Worker:
         return self._process.exitcode or 1
 
 
-def _serve(commands: multiprocessing.connection.Connection) -> None:
+def _serve(commands: multiprocessing.connection.Connection, niceness: int) -> None:
+    os.nice(niceness)
     os.setpgrp()  # a terminal's Ctrl-C goes to who gives the commands, who decides what it means
     while True:
         try:

@@ -31,18 +31,19 @@ class Machine:
 
     def __init__(self, reach=60, fails=None, slow=None):
         self.reach, self.fails, self.slow = reach, fails, slow or {}
-        self.asked, self.log, self.stopped, self.closed = [], [], [], 0
+        self.asked, self.nice, self.log, self.stopped, self.closed = [], [], [], [], 0
 
-    def __call__(self):
-        return Played(self)
+    def __call__(self, niceness):
+        return Played(self, niceness)
 
 
 class Played:
-    def __init__(self, machine):
-        self.machine, self.name, self.left = machine, None, 0
+    def __init__(self, machine, niceness):
+        self.machine, self.niceness, self.name, self.left = machine, niceness, None, 0
 
     def run(self, command):
         self.machine.asked.append(command)
+        self.machine.nice.append(self.niceness)
         self.out = Path(command[command.index("--out") + 1])
         self.name, self.left = self.out.name, self.machine.slow.get(self.out.name, 0)
         self.machine.log.append(f"{self.name} begins")
@@ -161,6 +162,7 @@ def test_processes_rehearse_until_it_is_their_turn(tmp_path, monkeypatch):
     assert [Path(command[command.index("--out") + 1]).name for command in rehearsed] == ["pairs", "second"]
     assert "--rehearse" in rehearsed[1] and "--rehearse" not in rehearsed[0]
     assert machine.closed == 5
+    assert [nice > 0 for nice in machine.nice] == [command in rehearsed for command in machine.asked], "what runs comes before what rehearses"
     assert not (tmp_path / "rehearsal").exists()
 
 
