@@ -16,7 +16,7 @@ _REWARDS = {"identity": 1.5, "lip_sync": 1.5, "motion": 0.5, "artifact": 0.5}
 SETTINGS: dict[str, dict[str, Any]] = {
     "vae_low_res": {"updates": 4_000},
     "face_estimator": {"updates": 700},
-    "audio_pretrain": {"updates": 1_500, "batch": 256},
+    "audio_pretrain": {"updates": 1_000, "batch": 256},
     "vae_streaming": {"updates": 500, "batch": 6},
     "vae_adversarial": {"updates": 1_500, "batch": 12},
     "clips": {"count": 8_000, "batch": 32, "shard": 256},

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.signal
 import soundfile
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pikastream_jax.audio.mel import filter_bank, log_mel, mel_centres, to_decibels
@@ -20,6 +20,7 @@ CFG = AudioConfig()
 FEATURES = Path(__file__).parents[2] / "data" / "speech_features.npz"
 FOLDER = Path(__file__).parent / "speech"
 LEAVES = corpus.TRACKS
+_augment = jax.jit(corpus.augment)
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +212,7 @@ def test_the_warp_keeps_order_ends_and_inverse(factor, hertz):
     assert warp(min(hertz + 50, 8000), factor) >= warp(hertz, factor)
     if hertz < 3800:
         assert warp(hertz, factor) == pytest.approx(factor * hertz, rel=1e-5)
-        assert warp(warp(hertz, factor), 1 / factor) == pytest.approx(hertz, rel=1e-4, abs=1e-2)
+    assert warp(warp(hertz, factor), 1 / factor) == pytest.approx(hertz, rel=1e-4, abs=1e-2)
 
 
 @pytest.mark.parametrize("factor", [0.8, 0.9, 1.15, 1.25])
@@ -233,6 +234,36 @@ def test_another_voice_has_its_resonances_where_the_warp_takes_them(factor):
     assert apart(warped, other) < 0.4 * apart(own, other)
     peak = lambda mel: mel_centres(CFG.mels)[np.argmax(mel)]  # noqa: E731
     assert peak(warped) == pytest.approx(factor * peak(own), rel=0.08)
+
+
+@pytest.mark.parametrize("hertz", [1000, 2000, 5000])
+@pytest.mark.parametrize("factor", [0.8, 1.25])
+def test_a_tone_goes_where_the_warp_takes_it(hertz, factor):
+    """Below the bend and beyond it: a tone, warped, peaks in the filter in which a tone of the warped frequency does."""
+    bend = 4800 * min(factor, 1.0)
+    moved = np.interp(hertz, [0, bend / factor, 8000], [0, bend, 8000])
+    tone = lambda f: log_mel(jnp.asarray(0.1 * np.sin(2 * np.pi * f * np.arange(3200) / 16_000), jnp.float32), CFG)  # noqa: E731
+    warped = corpus.other_voice(tone(hertz), jnp.float32(factor), CFG)
+    expected = np.argmax(tone(moved).mean(0))
+    assert abs(np.argmax(warped.mean(0)) - expected) <= 1
+    assert abs(np.argmax(tone(hertz).mean(0)) - expected) > 2, "the filters would not tell it from one that stayed"
+
+
+@given(factor=st.floats(0.8, 1.25), seed=st.integers(0, 2**31 - 1))
+def test_another_voice_stays_within_the_levels_of_its_frames(factor, seed):
+    mel = np.random.default_rng(seed).uniform(-5 / 3, 11 / 3, (4, CFG.mels)).astype(np.float32)  # -80 to 0 dB
+    found = np.asarray(corpus.other_voice(mel, jnp.float32(factor), CFG))
+    assert found.dtype == np.float32 and np.isfinite(found).all()
+    assert (found.min(1) >= mel.min(1) - 1e-5).all() and (found.max(1) <= mel.max(1) + 1e-5).all()
+
+
+@settings(deadline=None)  # the first example compiles
+@given(seed=st.integers(0, 2**31 - 1))
+def test_augmented_sound_stays_within_the_range_of_levels(seed):
+    """Nothing below the floor of -80 dB, nothing louder than the speech at +6 dB and the noise at its worst together."""
+    mel = np.random.default_rng(seed).uniform(-5 / 3, 11 / 3, (4, CFG.mels)).astype(np.float32)
+    found = np.asarray(to_decibels(_augment(mel, jax.random.key(seed))))
+    assert np.isfinite(found).all() and found.min() >= -80.01 and found.max() < 6.5
 
 
 def test_silence_has_no_other_voice():
