@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -23,6 +24,13 @@ from pikastream_jax.weights.safetensors_io import restore_into
 
 ROOT = Path(train.__file__).resolve().parent
 STEPS = (Step("first", "toy"), Step("pairs", "some.module", reads=("first",)), Step("second", "taker", ("--nan-loss-at", "99")))
+
+
+@pytest.fixture(autouse=True)
+def _environment():
+    """A recipe sets variables for the processes that it starts: tests that come later are to run without them."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 class Machine:
@@ -114,6 +122,23 @@ def test_a_step_takes_nothing_from_steps_behind_it(tmp_path):
     machine = Machine()
     run_recipe("tiny", tmp_path, 0, None, steps=steps, worker=machine)
     assert machine.log[::2] == ["pairs begins", "second begins", "third begins"]
+
+
+def test_processes_side_by_side_do_not_tune_what_they_compile(tmp_path, monkeypatch):
+    names = ("XLA_FLAGS", "JAX_THREEFRY_GPU_KERNEL_LOWERING")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    run_recipe("tiny", tmp_path / "alone", 0, None, steps=STEPS, worker=Machine())
+    assert not set(names) & set(os.environ)
+    run_recipe("tiny", tmp_path / "two", 0, None, jobs=2, steps=STEPS, worker=Machine())
+    assert "fusion_autotuner=false" in os.environ["XLA_FLAGS"]
+    # XLA ends a process that is given a flag it does not know.
+    code = "import jax; print(jax.config.jax_threefry_gpu_kernel_lowering, jax.numpy.ones(3).sum())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    assert done.stdout.split() == ["True", "3.0"], done.stderr
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=4")
+    run_recipe("tiny", tmp_path / "own", 0, None, jobs=2, steps=STEPS, worker=Machine())
+    assert os.environ["XLA_FLAGS"] == "--xla_gpu_autotune_level=4", "what the user sets is kept"
 
 
 def test_no_job_at_a_time_is_refused(tmp_path):
