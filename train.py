@@ -19,6 +19,7 @@ from pikastream_jax.training.recipe import run_recipe
 from pikastream_jax.training.replay import replay
 from pikastream_jax.training.settings import changed
 from pikastream_jax.training.stages import STAGES, Entry
+from pikastream_jax.training.worker import COMPILED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Run:
     replay: bool = False
     """Don't train: run the update again at which a run stopped because something was not finite, and tell what went wrong first."""
     rehearse: bool = False
-    """Don't train: make one update, one evaluation and one picture, which puts all programs into the compilation cache."""
+    """Don't train: make one update, one evaluation and one picture, which puts all programs into the compilation cache. The folder, which must hold no run,
+    is by default named after the stage within `rehearsal`, within the folder of all runs."""
     cpu_devices: int = 1
     """Without an accelerator: pose as this many devices, one to a core; it gains little, see docs/training.md."""
     processes: int = 1
@@ -116,8 +118,8 @@ def _train(name: str, entry: Entry, flags: list[str]) -> None:
     )
     told = tyro.cli(together, args=flags, default=together(Run(), defaults), prog=f"train.py {name}", description=module.__doc__)
     how = told.run
-    if jax.config.jax_compilation_cache_dir is None:  # not set by JAX_COMPILATION_CACHE_DIR: a resumed run starts sooner
-        jax.config.update("jax_compilation_cache_dir", str(Path(__file__).resolve().parent / ".cache" / "jax"))
+    if jax.config.jax_compilation_cache_dir is None:  # not set by JAX_COMPILATION_CACHE_DIR
+        jax.config.update("jax_compilation_cache_dir", str(COMPILED))
     if how.cpu_devices < 1:
         raise ValueError(f"--cpu-devices {how.cpu_devices} must be at least 1")
     if how.cpu_devices > 1:
@@ -126,7 +128,7 @@ def _train(name: str, entry: Entry, flags: list[str]) -> None:
     mesh = make_mesh(how.fsdp, how.sequence)
     init = entry.hand_over(name, stage_init(how.config).get(name, {}) | parse_init(how.init), how.runs_folder)
     stage = module.build(config, how.seed, init, told.settings)
-    folder = how.out or how.runs_folder / name
+    folder = how.out or how.runs_folder / ("rehearsal" if how.rehearse else "") / name
     if how.replay:
         print(replay(stage, folder))
         return

@@ -24,6 +24,7 @@ from pikastream_jax.diffusion.flow import interpolate
 from pikastream_jax.dit import Denoiser
 from pikastream_jax.nn.layers import Functional, Params, functional
 from pikastream_jax.streaming.step import Models
+from pikastream_jax.training import dit_causal
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.clip_loss import students_loss, training_rows
 from pikastream_jax.training.dit_causal import record
@@ -223,7 +224,8 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         rows, latents = held_out.roll_out(params, data, batch)
         said, true = (reader.bind(data["reader"])(x, rows.boxes, rows.truth) for x in (latents, rows.latents))
         parts = reading_error(said, true.readings, rows.opening) | {"statistics": distance_of_statistics(latents, rows.latents)}
-        return {"loss": sum(parts.values())} | parts | health(latents), rows.latents, latents
+        asked = parts | {"closures": dit_causal.Settings().closures * parts["closures"]}  # as much as in the loss on clips
+        return {"loss": sum(asked.values())} | parts | health(latents), rows.latents, latents
 
     read = jax.jit(read)
 

@@ -184,7 +184,12 @@ def rehearse(stage: Stage, out_dir: str | Path, *, mesh: Mesh | None = None) -> 
 
     Args:
       out_dir: for the pictures and what else a run writes; not the run's own folder.
+
+    Raises:
+      ValueError: a run lies there.
     """
+    if any((Path(out_dir) / CHECKPOINTS).glob("*")):
+        raise ValueError(f"{out_dir} holds a run, which a rehearsal would write into: give it another folder with --out")
     stretch = _Stretch(stage, Path(out_dir), 1, 1, make_mesh() if mesh is None else mesh)
     try:
         with jax.set_mesh(stretch.mesh):

@@ -24,7 +24,7 @@ from pikastream_jax.training.rehearsal import Rehearsals
 from pikastream_jax.training.settings import changed
 from pikastream_jax.training.signals import stop_on_signal
 from pikastream_jax.training.stages import FLASH_VAE, STAGES, TEACHERS
-from pikastream_jax.training.worker import Worker
+from pikastream_jax.training.worker import COMPILED, Worker
 
 _POLL = 0.05  # seconds
 
@@ -151,6 +151,7 @@ def run_recipe(
     preset(config)
     if jobs < 1:
         raise ValueError(f"--jobs {jobs} must be at least 1: so many steps run at once")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))  # stages find it themselves, other commands do not
     if jobs > 1 or rehearse:
         # Several processes share the device's memory: none may take most of it beforehand.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -163,7 +164,7 @@ def run_recipe(
     with stop_on_signal() as asked:
         try:
             if rehearse:
-                course.rehearse(Rehearsals(config, runs / "rehearsal", seed))
+                course.rehearse(Rehearsals(config, runs, seed))
             while course.go_on(jobs, stopped=bool(asked)):
                 time.sleep(_POLL)
         finally:
@@ -184,7 +185,8 @@ class _Course:
         self.rehearsing: dict[str, Process] = {}
         self.rehearsed: set[str] = set()
         self.spent: dict[str, float] = {}
-        self.cut_short = False
+        self.cut_short = False  # nothing new begins
+        self.stopped = False  # by a signal: a command that could not save yet ends by it, which is no failure
 
     def rehearse(self, rehearsals: Rehearsals) -> None:
         self.rehearsals = rehearsals
@@ -204,12 +206,12 @@ class _Course:
             del self.running[run]
             process.close()
             self.spent[run] = round((time.monotonic() - began) / 60, 2)
-            if status:
+            if status and not self.stopped:
                 raise ValueError(f"the recipe stopped at {run} (exit status {status}); the same command goes on from there")
             if not step.complete(self.config, self.runs):
                 self.cut_short = True
-        if stopped and not self.cut_short:
-            self.cut_short = True
+        if stopped and not self.stopped:
+            self.stopped = self.cut_short = True
             for _, process, _ in self.running.values():
                 process.stop()
         while len(self.running) < jobs and not self.cut_short and (step := self._next()):
@@ -231,8 +233,6 @@ class _Course:
 
     def _start(self, step: Step) -> None:
         print(f"recipe: step {self.steps.index(step) + 1} of {len(self.steps)}, {step.run}", file=sys.stderr, flush=True)
-        if step.run in self.rehearsing:
-            self.rehearsing.pop(step.run).close()  # what it has compiled is kept
         process = self.waiting.pop(step.run, None) or self.worker(0)
         command = step.command(self.config, self.runs, self.seed)
         if step.is_stage and self.deadline is not None:
@@ -241,7 +241,10 @@ class _Course:
         self.running[step.run] = step, process, time.monotonic()
 
     def _rehearse_some(self) -> None:
-        """As many rehearsals at a time as half the cores: a compilation takes more than one."""
+        """As many rehearsals at a time as half the cores: a compilation takes more than one.
+
+        One whose step's turn has come is not ended: it might be writing to the cache, and others read what it makes.
+        """
         for run in [run for run, process in self.rehearsing.items() if process.status() is not None]:
             self.rehearsing.pop(run).close()  # it would keep the device's memory
         for step in self.left:

@@ -33,22 +33,22 @@ _DENOISERS = ("denoiser", "teacher", "audio", "text")  # the encoders are looked
 class Rehearsals:
     """The commands by which the steps of a recipe rehearse."""
 
-    def __init__(self, config: str, folder: Path, seed: int):
+    def __init__(self, config: str, runs: Path, seed: int):
         """
         Args:
-          folder: where rehearsals leave what they make; emptied now, and removed by `close`.
+          runs: the recipe's. What rehearsals make lies in `runs/rehearsal`, which is emptied now and removed by `close`.
           seed: the recipe's: it may stand in a program.
         """
-        self._config, self._folder, self._seed = config, folder, seed
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        self._config, self._runs, self._folder, self._seed = config, runs, runs / "rehearsal", seed
+        self.close()
+        self._folder.mkdir(parents=True)
 
     def close(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def possible(self, step: "Step") -> bool:
-        """Whether the records that the step reads have been made by rehearsals before it."""
-        return all((self._folder / run).exists() for run in step.starts_from & set(_RECORDS.values()))
+        """Whether the records that the step reads are there."""
+        return all(self._record(run).exists() for run in step.starts_from & set(_RECORDS.values()))
 
     def command(self, step: "Step") -> list[str]:
         """The step's command line in small."""
@@ -67,7 +67,12 @@ class Rehearsals:
         return [name for name, runs in {**entry.needs, **entry.takes}.items() if runs or name in always]
 
     def _source(self, name: str) -> Path:
-        return self._folder / _RECORDS[name] if name in _RECORDS else self._weights[name]
+        return self._record(_RECORDS[name]) if name in _RECORDS else self._weights[name]
+
+    def _record(self, run: str) -> Path:
+        """The handful of a rehearsal, or else the recipe's own."""
+        few = self._folder / run
+        return few if few.exists() else self._runs / run
 
     @functools.cached_property
     def _weights(self) -> dict[str, Path]:

@@ -1,14 +1,18 @@
 """A process that runs command lines of this project, one after another, without starting anew for each."""
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
 import runpy
+import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]  # where train.py is
+COMPILED = ROOT / ".cache" / "jax"  # where JAX keeps programs, if the user has named no other place: a resumed run starts sooner
 
 
 class Worker:
@@ -28,6 +32,7 @@ class Worker:
         self._process.start()
         there.close()
         self._status: int | None = 0
+        self._asked = False  # to leave, since the command began
 
     def run(self, command: list[str]) -> None:
         """Starts a command.
@@ -37,7 +42,7 @@ class Worker:
         """
         if self.status() is None:
             raise RuntimeError(f"{' '.join(command)}: the command before it still runs")
-        self._status = None
+        self._status, self._asked = None, False
         try:
             self._connection.send(command)
         except (BrokenPipeError, ConnectionResetError):
@@ -54,8 +59,10 @@ class Worker:
         return self._status
 
     def stop(self) -> None:
-        """Asks the command to save and leave; without one the process ends."""
-        if self._process.is_alive():
+        """Asks the command to save and leave; without one the process ends. Whoever asks again is not heard: a stage that gets a second signal
+        leaves without saving."""
+        if self._process.is_alive() and not self._asked:
+            self._asked = True
             self._process.terminate()
 
     def close(self) -> None:
@@ -73,15 +80,25 @@ class Worker:
 def _serve(commands: multiprocessing.connection.Connection, niceness: int) -> None:
     os.nice(niceness)
     os.setpgrp()  # a terminal's Ctrl-C goes to who gives the commands, who decides what it means
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     while True:
         try:
             command = commands.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):  # the latter where the last status was not read any more
             return
         status = _run(command)
         sys.stdout.flush()
         sys.stderr.flush()
-        commands.send(status)
+        with contextlib.suppress(BrokenPipeError):  # nobody asks any more
+            commands.send(status)
+
+
+def _leave_with_parent() -> None:
+    """Whoever gives the commands may be killed: then the command that runs saves and leaves, as if it had been asked to."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)  # the thread that Python runs handlers in, and that sleeps
 
 
 def _run(command: list[str]) -> int:

@@ -205,6 +205,7 @@ def test_the_own_voice_stays_as_it_is():
     np.testing.assert_allclose(corpus.other_voice(mel, jnp.float32(1.0), CFG), mel, atol=1e-4)
 
 
+@settings(deadline=None)  # the first example compiles
 @given(factor=st.floats(0.8, 1.25), hertz=st.floats(0, 8000))
 def test_the_warp_keeps_order_ends_and_inverse(factor, hertz):
     warp = lambda f, a: float(corpus.warped_hertz(jnp.float32(f), jnp.float32(a), 8000.0))  # noqa: E731
@@ -249,6 +250,7 @@ def test_a_tone_goes_where_the_warp_takes_it(hertz, factor):
     assert abs(np.argmax(tone(hertz).mean(0)) - expected) > 2, "the filters would not tell it from one that stayed"
 
 
+@settings(deadline=None)
 @given(factor=st.floats(0.8, 1.25), seed=st.integers(0, 2**31 - 1))
 def test_another_voice_stays_within_the_levels_of_its_frames(factor, seed):
     mel = np.random.default_rng(seed).uniform(-5 / 3, 11 / 3, (4, CFG.mels)).astype(np.float32)  # -80 to 0 dB

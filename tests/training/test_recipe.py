@@ -35,10 +35,10 @@ def _environment():
 
 class Machine:
     """Plays the processes: a stage does `reach` of its 60 updates, another command makes its folder. A command ends when it is asked for the
-    `slow`-th time whether it has."""
+    `slow`-th time whether it has; those in `deaf` do not save when they are stopped, they end by the signal."""
 
-    def __init__(self, reach=60, fails=None, slow=None):
-        self.reach, self.fails, self.slow = reach, fails, slow or {}
+    def __init__(self, reach=60, fails=None, slow=None, deaf=()):
+        self.reach, self.fails, self.slow, self.deaf = reach, fails, slow or {}, deaf
         self.asked, self.nice, self.log, self.stopped, self.closed = [], [], [], [], 0
 
     def __call__(self, niceness):
@@ -66,6 +66,8 @@ class Played:
         self.machine.log.append(f"{name} ends")
         if name == self.machine.fails:
             return 3
+        if name in self.machine.deaf and name in self.machine.stopped:
+            return -signal.SIGTERM
         (self.out / "checkpoints" / str(self.machine.reach)).mkdir(parents=True)
         return 0
 
@@ -179,6 +181,24 @@ def test_sigterm_stops_what_runs_and_nothing_new_begins(tmp_path):
     assert machine.log == ["first begins", "first ends"] and machine.stopped == ["first"]
 
 
+def test_what_a_signal_ends_before_it_could_save_is_no_failure(tmp_path, capsys):
+    machine = Machine(slow={"first": 10_000, "free": 10_000}, deaf=("first",))
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    run_recipe("tiny", tmp_path, 0, None, jobs=2, steps=(*STEPS, Step("free", "toy")), worker=machine)
+    assert machine.stopped == ["first", "free"], "each is asked once: a second signal would end a stage that saves"
+    assert (tmp_path / "free" / "checkpoints" / "60").exists() and "recipe: left: first, pairs, second" in capsys.readouterr().err
+
+
+def test_programs_of_all_commands_are_kept(tmp_path, monkeypatch):
+    """Clips are made by a module that names no cache."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    run_recipe("tiny", tmp_path / "own", 0, None, steps=STEPS, worker=Machine())
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(ROOT / ".cache" / "jax")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
+    run_recipe("tiny", tmp_path / "told", 0, None, steps=STEPS, worker=Machine())
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "/elsewhere"
+
+
 def test_processes_rehearse_until_it_is_their_turn(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     machine = Machine(slow={"first": 20})
@@ -206,7 +226,7 @@ def test_every_step_is_a_stage_or_a_module_and_finds_what_it_needs():
 
 def test_every_step_can_rehearse(tmp_path):
     """Its command names files that are there, in shapes that fit what takes them, and nothing that it would not take."""
-    rehearsals = Rehearsals("nano", tmp_path / "rehearsal", 3)
+    rehearsals = Rehearsals("nano", tmp_path, 3)
     for step in RECIPE:
         assert rehearsals.possible(step), step.run
         command = rehearsals.command(step)
@@ -224,11 +244,15 @@ def test_every_step_can_rehearse(tmp_path):
 
 
 def test_a_rehearsal_waits_for_the_records_that_it_reads(tmp_path):
-    rehearsals = Rehearsals("nano", tmp_path / "rehearsal", 3)
+    rehearsals = Rehearsals("nano", tmp_path, 3)
     steps = {step.run: step for step in RECIPE}
     assert not rehearsals.possible(steps["dit_pretrain"]) and rehearsals.possible(steps["reward_identity"])
     (tmp_path / "rehearsal" / "clips").mkdir()
     assert rehearsals.possible(steps["dit_pretrain"]) and not rehearsals.possible(steps["dit_causal"])
+    (tmp_path / "ode_pairs").mkdir()
+    assert rehearsals.possible(steps["dit_causal"]), "the recipe's own serve as well: no rehearsal makes them again"
+    command = rehearsals.command(steps["dit_causal"])
+    assert f"pairs={tmp_path / 'ode_pairs'}" in command and f"clips={tmp_path / 'rehearsal' / 'clips'}" in command
 
 
 def test_a_worker_runs_commands_one_after_another(tmp_path):
@@ -284,6 +308,42 @@ def test_a_stopped_worker_lets_its_command_leave(tmp_path):
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     assert done.stdout.strip() == "0", done.stderr
     assert time.monotonic() - started < 60
+
+
+def test_a_command_leaves_with_who_gave_it(tmp_path):
+    """Even where that is killed and can tell nobody: the command saves and its process ends."""
+    (tmp_path / "saves.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        f"here = pathlib.Path({str(tmp_path)!r})\n"
+        "def leave(*_):\n"
+        "    (here / 'saved').touch()\n"
+        "    sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, leave)\n"
+        "(here / 'up').touch()\n"
+        "time.sleep(60)\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import pathlib, sys, time\n"
+        f"sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n"
+        "from pikastream_jax.training.worker import Worker\n"
+        "if __name__ == '__main__':\n"
+        "    worker = Worker()\n"
+        "    worker.run(['-m', 'saves'])\n"
+        "    time.sleep(100)\n"
+    )
+    parent = subprocess.Popen([sys.executable, str(script)], env=os.environ | {"JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (tmp_path / "up").exists())
+    parent.kill()
+    said = parent.communicate(timeout=60)[1]  # to the end of what the worker writes, so until it has left
+    assert (tmp_path / "saved").exists() and "Traceback" not in said
+
+
+def wait_for(what, seconds=60):
+    limit = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < limit
+        time.sleep(0.02)
 
 
 def test_the_recipe_refuses_an_unknown_preset(monkeypatch, capsys):

@@ -60,6 +60,16 @@ def test_a_rehearsal_leaves_nothing_to_go_on_from(monkeypatch, tmp_path):
     assert command_line(monkeypatch, "toy", "--out", tmp_path, "--steps", "1") == 0
 
 
+def test_a_rehearsal_stays_out_of_runs(monkeypatch, tmp_path, capsys):
+    assert command_line(monkeypatch, "toy", "--runs", tmp_path, "--steps", "1") == 0
+    before = (tmp_path / "toy" / "metrics.jsonl").read_text()
+    assert command_line(monkeypatch, "toy", "--runs", tmp_path, "--rehearse") == 0
+    assert (tmp_path / "rehearsal" / "toy").is_dir()
+    assert command_line(monkeypatch, "toy", "--out", tmp_path / "toy", "--rehearse") == 1
+    assert "holds a run, which a rehearsal would write into" in capsys.readouterr().err
+    assert (tmp_path / "toy" / "metrics.jsonl").read_text() == before
+
+
 def test_settings_are_flags_and_stand_in_the_record(monkeypatch, tmp_path):
     for folder, asked, rate in (("given", ["--learning-rate", "2e-4"], 2e-4), ("own", [], 3e-2)):
         assert command_line(monkeypatch, "toy", "--out", tmp_path / folder, "--steps", "1", *asked) == 0
