@@ -45,7 +45,7 @@ class Settings(DiTSettings):
     accumulate: int = 1
     """Slices in which an update takes its batch, one after another, where the whole of it does not fit in memory."""
     latent_frames: int = 9
-    """As many as trajectories are solved over, and more than self-forcing judges."""
+    """As many as trajectories are solved over."""
     shift: float = 3.0
     """Of the logit-normal timesteps."""
     reading: float = 0.7

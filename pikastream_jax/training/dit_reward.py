@@ -52,7 +52,7 @@ class Settings(RewardedSettings):
     updates: int = 150
     batch: int = 4
     latent_frames: int = 6
-    """As many as the model was trained on."""
+    """Length of a sample, which rewards see as a whole."""
     solver_steps: int = 10
     """Of the solver."""
     shift: float = 3.0

@@ -54,7 +54,7 @@ class Settings(RemindedSettings):
     latent_frames: int = 12
     """Length of a roll-out."""
     judged: int = 6
-    """Its last latent frames, which teacher and critic see: as many as the teacher was trained on."""
+    """Its last latent frames, which teacher and critic see."""
     shift: float = 3.0
     """Of the timesteps at which teacher and critic are compared."""
     guidance: Guidance = Guidance(text=3.0, audio=2.0, reference=2.0)

@@ -1,16 +1,23 @@
 """Packs trained runs into the one file that streams: `python -m pikastream_jax.training.export --config nano`.
 
 By default the student that went farthest in the recipe, with FlashVAE and the clips' vocabulary and latent statistics from the same folder of runs.
+
+Several students that come from one another may be packed as their weighted mean: what one stage unlearns of another's gains comes back in part
+(Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", https://arxiv.org/abs/2109.01903).
 """
 
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import tyro
 
 from configs import preset
+from pikastream_jax.nn.layers import Params
 from pikastream_jax.streaming.package import save_package
 from pikastream_jax.streaming.step import ModelParams, Models
 from pikastream_jax.training.checkpoint import load_weights
@@ -18,7 +25,7 @@ from pikastream_jax.training.clips import load_clip_record
 from pikastream_jax.training.metrics import METRICS_FILE, read_rows
 from pikastream_jax.training.records import read_record
 from pikastream_jax.training.stages import FLASH_VAE, STUDENTS, best_run
-from pikastream_jax.weights.safetensors_io import restore_into
+from pikastream_jax.weights.safetensors_io import load, restore_into
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +34,10 @@ class Arguments:
 
     config: str = "tiny"
     """Preset in configs/."""
-    denoiser: Path | None = None
-    """Run folder or .safetensors of the student; by default of the last of the student's stages that has a run in runs/CONFIG."""
+    denoiser: tuple[Path, ...] = ()
+    """Run folder or .safetensors of the student; by default of the last of the student's stages that has a run in runs/CONFIG. Of several the mean."""
+    shares: tuple[float, ...] = ()
+    """Of each student in the mean, together 1; by default equal ones."""
     flash_vae: Path | None = None
     """Run folder or .safetensors of FlashVAE; by default runs/CONFIG/vae_adversarial, or else runs/CONFIG/vae_streaming."""
     clips: Path | None = None
@@ -44,10 +53,11 @@ def export(arguments: Arguments) -> Path:
 
     Raises:
       FileNotFoundError: a run or the clips are missing.
-      ValueError: weights that do not fit the preset, or clips of another one.
+      ValueError: weights that do not fit the preset, clips of another one, or shares that make no mean.
     """
     config, folder = preset(arguments.config), arguments.root / arguments.config
-    denoiser = arguments.denoiser or best_run(folder, STUDENTS, "--denoiser")
+    denoisers = arguments.denoiser or (best_run(folder, STUDENTS, "--denoiser"),)
+    shares = _shares(arguments.shares, len(denoisers))
     flash_vae = arguments.flash_vae or best_run(folder, FLASH_VAE, "--flash-vae")
     clips = arguments.clips or folder / "clips"
     made_for = read_record(clips)["made_with"]["config"]
@@ -56,13 +66,29 @@ def export(arguments: Arguments) -> Path:
     models = Models.of(config)
     tokenizer, statistics = load_clip_record(clips, config.text.length)
     params = ModelParams(
-        restore_into(models.denoiser.abstract, load_weights(denoiser, "denoiser")),
+        _mean([restore_into(models.denoiser.abstract, load_weights(path, "denoiser")) for path in denoisers], shares),
         restore_into(models.flash_vae.abstract, load_weights(flash_vae, "flash_vae")),
         statistics,
     )
     out = arguments.out or folder / f"{config.name}.safetensors"
-    save_package(out, config, params, tokenizer, {"flash_vae": _history(flash_vae), "denoiser": _history(denoiser)})
+    made = [_history(path, "denoiser") for path in denoisers]
+    mean = {"mean of": [{"share": share, "made": one} for share, one in zip(shares, made, strict=True)]}
+    save_package(out, config, params, tokenizer, {"flash_vae": _history(flash_vae, "flash_vae"), "denoiser": mean if len(made) > 1 else made[0]})
     return out
+
+
+def _shares(shares: tuple[float, ...], count: int) -> tuple[float, ...]:
+    if not shares:
+        return (1 / count,) * count
+    if len(shares) != count:
+        raise ValueError(f"--shares has {len(shares)} numbers for {count} students of --denoiser: give one each")
+    if not (min(shares) > 0 and math.isclose(sum(shares), 1.0, abs_tol=1e-6)):
+        raise ValueError(f"--shares {' '.join(map(str, shares))} must be above 0 and make 1 together")
+    return shares
+
+
+def _mean(students: list[Params], shares: tuple[float, ...]) -> Params:
+    return jax.tree.map(lambda *leaves: sum(share * jnp.asarray(leaf, jnp.float32) for share, leaf in zip(shares, leaves, strict=True)), *students)
 
 
 def main() -> int:
@@ -76,10 +102,11 @@ def main() -> int:
     return 0
 
 
-def _history(run: Path) -> dict:
-    """Stage, seed and last held-out figures of a run folder."""
+def _history(run: Path, part: str) -> dict:
+    """Stage, seed and last held-out figures of a run folder; of a file that streams what stands there of that part."""
     if not run.is_dir():
-        return {"file": run.name}
+        told = json.loads(load(run)[1].get("pikastream", "{}"))
+        return told.get("made", {}).get(part, {"file": run.name})
     record = json.loads((run / "config.json").read_text())
     held_out = [row for row in read_rows(run / METRICS_FILE) if row["kind"] == "held_out"]
     return {"stage": record["stage"], "seed": record["seed"], "held_out": held_out[-1] if held_out else None}

@@ -74,7 +74,8 @@ def improvement(metrics_file: str | os.PathLike[str]) -> float:
       metrics_file: path of a `metrics.jsonl`.
 
     Raises:
-      ValueError: there is no evaluation at or before 80% of the last evaluated update to compare with.
+      ValueError: there is no evaluation at or before 80% of the last evaluated update to compare with, or a loss is not above 0, as that of a
+        stage that climbs rewards may be: it has no scale to take a share of.
     """
     losses = [(row["step"], row["loss"]) for row in read_rows(metrics_file) if row["kind"] == "held_out"]
     last_step, last_loss = losses[-1] if losses else (0, 0.0)
@@ -87,7 +88,9 @@ def improvement(metrics_file: str | os.PathLike[str]) -> float:
         )
     (x0, y0), (x1, y1) = before[-1], after[0]
     then = y0 + (y1 - y0) * (0.8 * last_step - x0) / (x1 - x0)
-    return (then - last_loss) / abs(then) if then else 0.0
+    if min(then, last_loss) <= 0:
+        raise ValueError(f"{metrics_file}: of a loss that goes from {then:.3g} to {last_loss:.3g} no share can be told")
+    return (then - last_loss) / then
 
 
 def convergence_verdict(metrics_file: str | os.PathLike[str]) -> str:

@@ -139,7 +139,7 @@ def run_recipe(
     """Runs the steps that are not complete, each once all is complete that comes before it and that it may start from.
 
     Args:
-      minutes: stop after about this long; the same command goes on. A command that is no stage is not begun in the last minute, and not
+      minutes: stop after about this long; the same command goes on. No step is begun in the last minute, and one that is no stage is not
         cut short.
       jobs: steps at a time, the first of the recipe first.
       rehearse: start the processes of all steps at once, and rehearse those whose turn is yet to come.
@@ -169,7 +169,7 @@ def run_recipe(
                 time.sleep(_POLL)
         finally:
             course.close()
-    course.report()
+            course.report()
 
 
 class _Course:
@@ -186,7 +186,7 @@ class _Course:
         self.rehearsed: set[str] = set()
         self.spent: dict[str, float] = {}
         self.cut_short = False  # nothing new begins
-        self.stopped = False  # by a signal: a command that could not save yet ends by it, which is no failure
+        self.stopped = False
 
     def rehearse(self, rehearsals: Rehearsals) -> None:
         self.rehearsals = rehearsals
@@ -195,6 +195,9 @@ class _Course:
 
     def go_on(self, jobs: int, stopped: bool) -> bool:
         """Takes note of what has ended and starts what can be started; whether anything runs.
+
+        Args:
+          stopped: by a signal. A command that could not save yet may end by it, which is no failure.
 
         Raises:
           ValueError: a step failed.
@@ -206,7 +209,7 @@ class _Course:
             del self.running[run]
             process.close()
             self.spent[run] = round((time.monotonic() - began) / 60, 2)
-            if status and not self.stopped:
+            if status and not stopped:
                 raise ValueError(f"the recipe stopped at {run} (exit status {status}); the same command goes on from there")
             if not step.complete(self.config, self.runs):
                 self.cut_short = True
@@ -243,7 +246,8 @@ class _Course:
     def _rehearse_some(self) -> None:
         """As many rehearsals at a time as half the cores: a compilation takes more than one.
 
-        One whose step's turn has come is not ended: it might be writing to the cache, and others read what it makes.
+        One whose step's turn has come goes on: what it makes is read by others, and an entry of the cache that is cut off in the middle would be
+        of no use to anybody.
         """
         for run in [run for run, process in self.rehearsing.items() if process.status() is not None]:
             self.rehearsing.pop(run).close()  # it would keep the device's memory
@@ -256,13 +260,16 @@ class _Course:
                 self.rehearsing[step.run].run(self.rehearsals.command(step))
 
     def close(self) -> None:
+        """Ends all processes, those of steps when they have saved."""
+        for process in (*self.waiting.values(), *self.rehearsing.values()):
+            process.close()
         for _, process, _ in self.running.values():
             process.stop()
-        for _, process, _ in self.running.values():
+        for run, (_, process, began) in self.running.items():
             while process.status() is None:
                 time.sleep(_POLL)
-        for process in (*self.waiting.values(), *self.rehearsing.values(), *(process for _, process, _ in self.running.values())):
             process.close()
+            self.spent[run] = round((time.monotonic() - began) / 60, 2)
         if self.rehearsals is not None:
             self.rehearsals.close()
 

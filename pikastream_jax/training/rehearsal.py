@@ -55,9 +55,9 @@ class Rehearsals:
         command = [*step.command(self._config, self._folder, self._seed), *step.few]
         if not step.is_stage:
             # Such commands look for what they start from among the runs, or take it by name.
-            named = {"flash_vae": "--flash-vae", "denoiser": "--teacher"}
-            name = "denoiser" if "clips" in step.reads else "flash_vae"
-            return [*command, named[name], str(self._weights[name])]
+            if "clips" in step.reads:
+                return [*command, "--clips", str(self._record("clips")), "--teacher", str(self._weights["denoiser"])]
+            return [*command, "--flash-vae", str(self._weights["flash_vae"])]
         init = {name: self._source(name) for name in self._taken(step)}
         return [*command, "--rehearse", *(["--init", *(f"{name}={path}" for name, path in init.items())] if init else [])]
 

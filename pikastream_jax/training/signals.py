@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C as a request to stop after the current update."""
 
 import contextlib
+import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ class StopRequest:
 def stop_on_signal() -> Iterator[StopRequest]:
     """While open, the first SIGTERM or SIGINT only sets the request; a second one acts as it did before.
 
+    In a child of `multiprocessing` a second one does nothing more: the same wish comes to it by several ways, from the process that started it,
+    by that one's death and from whoever ends a whole group of processes.
+
     Python runs signal handlers in the main thread alone; opened in another thread, the request stays unset.
     """
     request = StopRequest()
@@ -35,7 +39,8 @@ def stop_on_signal() -> Iterator[StopRequest]:
     def handle(number, frame):
         del frame
         request.name = signal.Signals(number).name
-        restore()  # whoever asks twice does not want to wait for the checkpoint
+        if multiprocessing.parent_process() is None:
+            restore()  # whoever asks twice does not want to wait for the checkpoint
 
     try:
         for number in previous:

@@ -32,7 +32,6 @@ class Worker:
         self._process.start()
         there.close()
         self._status: int | None = 0
-        self._asked = False  # to leave, since the command began
 
     def run(self, command: list[str]) -> None:
         """Starts a command.
@@ -42,7 +41,7 @@ class Worker:
         """
         if self.status() is None:
             raise RuntimeError(f"{' '.join(command)}: the command before it still runs")
-        self._status, self._asked = None, False
+        self._status = None
         try:
             self._connection.send(command)
         except (BrokenPipeError, ConnectionResetError):
@@ -59,10 +58,8 @@ class Worker:
         return self._status
 
     def stop(self) -> None:
-        """Asks the command to save and leave; without one the process ends. Whoever asks again is not heard: a stage that gets a second signal
-        leaves without saving."""
-        if self._process.is_alive() and not self._asked:
-            self._asked = True
+        """Asks the command to save and leave; without one the process ends."""
+        if self._process.is_alive():
             self._process.terminate()
 
     def close(self) -> None:

@@ -63,14 +63,32 @@ def test_a_student_by_name_and_a_file_by_name(root, monkeypatch, tmp_path):
     assert load_package(tmp_path / "other.safetensors").metadata["denoiser"]["stage"] == "dit_causal"
 
 
+def test_the_mean_of_students_tells_of_each(root, monkeypatch, tmp_path):
+    """The second time one of them is the file made the first time: how that was made stands within."""
+    causal, forced, first, second = *(root / "small" / name for name in ("dit_causal", "dit_self_forcing")), tmp_path / "first", tmp_path / "second"
+    assert run(monkeypatch, root, "--denoiser", str(causal), str(forced), "--shares", "0.25", "0.75", "--out", str(first)) == 0
+    package = load_package(first)
+    wanted = [randomised(package.models.denoiser.abstract, len(path.name)) for path in (causal, forced)]
+    jax.tree.map(lambda mean, a, b: np.testing.assert_allclose(mean, 0.25 * a + 0.75 * b, rtol=0.01, atol=0.01), package.params.denoiser, *wanted)
+    parts = package.metadata["denoiser"]["mean of"]
+    assert [(part["share"], part["made"]["stage"]) for part in parts] == [(0.25, "dit_causal"), (0.75, "dit_self_forcing")]
+    assert run(monkeypatch, root, "--denoiser", str(causal), str(first), "--out", str(second)) == 0
+    again = load_package(second).metadata["denoiser"]["mean of"]
+    assert [part["share"] for part in again] == [0.5, 0.5] and again[1]["made"] == package.metadata["denoiser"]
+
+
 def test_bad_input_is_one_line(root, monkeypatch, capsys):
     clips_of(root / "others", "tiny")
     (root / "empty" / "small").mkdir(parents=True)
+    student = str(root / "small" / "dit_causal")
     for arguments, said in (
         (["--clips", str(root / "others")], "clips of preset tiny"),
         (["--clips", str(root / "gone")], "gone"),
         (["--root", str(root / "empty")], "has no dit_student_reward or"),
         (["--config", "huge"], "no preset is called 'huge'"),
+        (["--shares", "0.5", "0.5"], "--shares has 2 numbers for 1 students"),
+        (["--denoiser", student, student, "--shares", "0.7", "0.7"], "--shares 0.7 0.7 must be above 0 and make 1 together"),
+        (["--denoiser", student, student, "--shares", "nan", "1.0"], "--shares nan 1.0 must be above 0"),
     ):
         assert run(monkeypatch, root, *arguments) == 1
         error = capsys.readouterr().err

@@ -32,7 +32,7 @@ def test_verdict(tmp_path, end, verdict):
 
 
 def test_too_few_evaluations_are_no_verdict(tmp_path):
-    for losses in ([], [(100, 1.0)]):
+    for losses in ([], [(100, 1.0)], [(40, 1.0), (80, 0.1), (100, -0.1)], [(80, -0.1), (100, -0.2)]):
         assert "convergence unknown" in convergence_verdict(write(tmp_path / "metrics.jsonl", losses))
 
 

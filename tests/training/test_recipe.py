@@ -169,6 +169,7 @@ def test_a_failure_names_the_step_and_what_is_done_stays(tmp_path):
     with pytest.raises(ValueError, match="stopped at pairs .exit status 3.; the same command goes on"):
         run_recipe("tiny", tmp_path, 0, None, jobs=2, steps=(*STEPS, Step("free", "toy")), worker=machine)
     assert machine.stopped == ["free"] and (tmp_path / "free" / "checkpoints" / "60").exists(), "the step beside it saves"
+    assert set(json.loads((tmp_path / "recipe.json").read_text())) == {"first", "pairs", "free"}, "what was spent is kept"
     machine = Machine()
     run_recipe("tiny", tmp_path, 0, None, steps=STEPS, worker=machine)
     assert len(machine.asked) == 2
@@ -185,7 +186,7 @@ def test_what_a_signal_ends_before_it_could_save_is_no_failure(tmp_path, capsys)
     machine = Machine(slow={"first": 10_000, "free": 10_000}, deaf=("first",))
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
     run_recipe("tiny", tmp_path, 0, None, jobs=2, steps=(*STEPS, Step("free", "toy")), worker=machine)
-    assert machine.stopped == ["first", "free"], "each is asked once: a second signal would end a stage that saves"
+    assert machine.stopped == ["first", "free"]
     assert (tmp_path / "free" / "checkpoints" / "60").exists() and "recipe: left: first, pairs, second" in capsys.readouterr().err
 
 
@@ -249,6 +250,7 @@ def test_a_rehearsal_waits_for_the_records_that_it_reads(tmp_path):
     assert not rehearsals.possible(steps["dit_pretrain"]) and rehearsals.possible(steps["reward_identity"])
     (tmp_path / "rehearsal" / "clips").mkdir()
     assert rehearsals.possible(steps["dit_pretrain"]) and not rehearsals.possible(steps["dit_causal"])
+    assert f"--clips {tmp_path / 'rehearsal' / 'clips'}" in " ".join(rehearsals.command(steps["ode_pairs"]))
     (tmp_path / "ode_pairs").mkdir()
     assert rehearsals.possible(steps["dit_causal"]), "the recipe's own serve as well: no rehearsal makes them again"
     command = rehearsals.command(steps["dit_causal"])
@@ -310,17 +312,19 @@ def test_a_stopped_worker_lets_its_command_leave(tmp_path):
     assert time.monotonic() - started < 60
 
 
-def test_a_command_leaves_with_who_gave_it(tmp_path):
-    """Even where that is killed and can tell nobody: the command saves and its process ends."""
+@pytest.mark.parametrize("asked", [0, 2])
+def test_a_command_leaves_with_who_gave_it(tmp_path, asked):
+    """Even where that is killed and can tell nobody: the command saves and its process ends. Nor does it leave in mid-save when it had been asked before."""
     (tmp_path / "saves.py").write_text(
-        "import pathlib, signal, sys, time\n"
+        "import pathlib, time\n"
+        "from pikastream_jax.training.signals import stop_on_signal\n"
         f"here = pathlib.Path({str(tmp_path)!r})\n"
-        "def leave(*_):\n"
+        "with stop_on_signal() as asked:\n"
+        "    (here / 'up').touch()\n"
+        "    while not asked: time.sleep(0.01)\n"
+        "    (here / 'saving').touch()\n"
+        "    time.sleep(1)\n"
         "    (here / 'saved').touch()\n"
-        "    sys.exit(0)\n"
-        "signal.signal(signal.SIGTERM, leave)\n"
-        "(here / 'up').touch()\n"
-        "time.sleep(60)\n"
     )
     script = tmp_path / "script.py"
     script.write_text(
@@ -330,10 +334,12 @@ def test_a_command_leaves_with_who_gave_it(tmp_path):
         "if __name__ == '__main__':\n"
         "    worker = Worker()\n"
         "    worker.run(['-m', 'saves'])\n"
+        f"    while not pathlib.Path({str(tmp_path / 'up')!r}).exists(): time.sleep(0.01)\n"
+        f"    for _ in range({asked}): worker.stop(); time.sleep(0.1)\n"
         "    time.sleep(100)\n"
     )
     parent = subprocess.Popen([sys.executable, str(script)], env=os.environ | {"JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: (tmp_path / "up").exists())
+    wait_for(lambda: (tmp_path / ("saving" if asked else "up")).exists())
     parent.kill()
     said = parent.communicate(timeout=60)[1]  # to the end of what the worker writes, so until it has left
     assert (tmp_path / "saved").exists() and "Traceback" not in said
