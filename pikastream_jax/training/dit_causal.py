@@ -69,7 +69,9 @@ class Settings(DiTSettings):
     timesteps: Literal["solver", "all"] = "solver"
     """Of the query copy: the student's, or any, for a causal teacher whose trajectories shall be solved."""
     reading: float = 1.0
-    """Weight of what the latent reader misreads of face and expression."""
+    """Weight of what the latent reader misreads of the expression."""
+    likeness: float = 1.0
+    """Weight of what it misreads of the face's own features."""
     closures: float = 0.1
     """Weight of the cross-entropy of closed lips, as the latent reader sees them."""
     optimiser: Optimiser = OptimiserConfig(learning_rate=1.5e-3, warmup_steps=20, decay="linear")
@@ -128,7 +130,7 @@ def sequence_chunks(config: Config, key: Array, batch: int, frames: int, train: 
 
 def asked(parts: Metrics, settings: Settings) -> Float[Array, ""]:
     """What an update lowers: the velocity error and, weighted, what the latent reader misreads."""
-    return parts["loss"] + settings.reading * (parts["identity"] + parts["expression"]) + settings.closures * parts["closures"]
+    return parts["loss"] + settings.likeness * parts["identity"] + settings.reading * parts["expression"] + settings.closures * parts["closures"]
 
 
 def teacher_forcing_loss(

@@ -270,6 +270,11 @@ def test_what_the_reader_misreads_moves_the_weights(kind, teacher, monkeypatch):
             assert (moved > 1e-6) == moves, (module, moved)
 
 
+def test_each_thing_misread_has_its_own_weight():
+    parts = {"loss": 1.0, "identity": 10.0, "expression": 100.0, "closures": 1000.0}
+    assert dit_causal.asked(parts, dit_causal.Settings(reading=0.3, likeness=0.2, closures=0.4)) == pytest.approx(1 + 0.2 * 10 + 0.3 * 100 + 0.4 * 1000)
+
+
 def test_a_weight_of_closures_below_0_is_refused():
     for module in (dit_pretrain, dit_causal, latent_reader):
         assert module.Settings(closures=0.0).closures == 0
