@@ -12,7 +12,7 @@ def tiny() -> Config:
 
 _REWARDS = {"identity": 1.5, "lip_sync": 1.5, "motion": 0.5, "artifact": 0.5}
 
-# What differs from the stages' own settings: sizes for a quarter of an hour of one GPU. Two CPU cores would take days.
+# What differs from the stages' own settings: sizes meant for a quarter of an hour of one GPU. Two CPU cores would take days.
 SETTINGS: dict[str, dict[str, Any]] = {
     "vae_low_res": {"updates": 4_000},
     "face_estimator": {"updates": 700},
