@@ -27,7 +27,6 @@ from pikastream_jax.streaming.step import Models
 from pikastream_jax.training import dit_causal
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.clip_loss import students_loss, training_rows
-from pikastream_jax.training.dit_causal import record
 from pikastream_jax.training.dit_data import CROP, DiTBatch, clip_constants, prepare_batch, text_kept, windows
 from pikastream_jax.training.dmd import counted_mean, matching_gradient, matching_loss, score_timesteps
 from pikastream_jax.training.held_out_streams import HeldOutStreams
@@ -241,7 +240,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         update=update,
         data=data,
         batches=lambda: windows(config, init["clips"], "train", settings.batch, settings.latent_frames, seed),
-        config=record(config, settings),
+        config=dit_causal.record(config, settings),
         evaluate=lambda state: read(state.ema, data(), held_out.windows())[0],
         evaluate_every=50,
         sample=sample,

@@ -38,7 +38,7 @@ from pikastream_jax.training.settings import Optimiser, StageSettings
 from pikastream_jax.weights.safetensors_io import restore_into
 
 # What the face does, and each quantity's share of the error. Captions ask for a smile, brows and a gaze, the noise tells of jumps of the
-# eyes and of blinks (`innovations`), and the lips are learned without this.
+# eyes and of blinks (`innovations`). How far lips open is learned without this, how wide they are less well.
 EXPRESSION = {
     "smile": 0.3, "brow_raise": 0.05, "brow_furrow": 0.05, "gaze_x": 0.05, "gaze_y": 0.05, "blink": 0.3, "opening": 0.05, "width": 0.15,
 }  # fmt: skip

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -257,29 +258,28 @@ def test_a_rehearsal_waits_for_the_records_that_it_reads(tmp_path):
     assert f"pairs={tmp_path / 'ode_pairs'}" in command and f"clips={tmp_path / 'rehearsal' / 'clips'}" in command
 
 
+def worker_script(folder, body):
+    """A program of its own that has a `worker`, for a spawned process runs the main module's top again; commands lie in the same folder."""
+    start = f"import pathlib, sys, time\nsys.path[:0] = [{str(folder)!r}, {str(ROOT)!r}]\nfrom pikastream_jax.training.worker import Worker\n"
+    script = folder / "script.py"
+    script.write_text(f"{start}if __name__ == '__main__':\n    worker = Worker()\n" + textwrap.indent(body, "    "))
+    return {"args": [sys.executable, str(script)], "text": True, "env": os.environ | {"JAX_PLATFORMS": "cpu"}}
+
+
 def test_a_worker_runs_commands_one_after_another(tmp_path):
     """In one process: what the first leaves in memory is there for the second."""
     (tmp_path / "first_command.py").write_text("import builtins, os; builtins.left_here = os.getpid()\n")
     (tmp_path / "second_command.py").write_text("import os, sys; sys.exit(5 if left_here == os.getpid() and sys.argv[1:] == ['x'] else 6)\n")
-    code = (
-        "import sys, time\n"
-        f"sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n"
-        "from pikastream_jax.training.worker import Worker\n"
-        "def wait(worker):\n"
+    body = (
+        "said = []\n"
+        "for command in (['-m', 'first_command'], ['-m', 'second_command', 'x'], ['-m', 'no_such_module']):\n"
+        "    worker.run(command)\n"
         "    while worker.status() is None: time.sleep(0.01)\n"
-        "    return worker.status()\n"
-        "if __name__ == '__main__':\n"
-        "    worker = Worker()\n"
-        "    said = []\n"
-        "    for command in (['-m', 'first_command'], ['-m', 'second_command', 'x'], ['-m', 'no_such_module']):\n"
-        "        worker.run(command)\n"
-        "        said.append(wait(worker))\n"
-        "    worker.close()\n"
-        "    print(said)\n"
+        "    said.append(worker.status())\n"
+        "worker.close()\n"
+        "print(said)\n"
     )
-    script = tmp_path / "script.py"
-    script.write_text(code)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    done = subprocess.run(**worker_script(tmp_path, body), capture_output=True, timeout=120)
     assert done.stdout.strip() == "[0, 5, 1]", done.stderr
     assert "no_such_module" in done.stderr
 
@@ -291,23 +291,16 @@ def test_a_stopped_worker_lets_its_command_leave(tmp_path):
         f"pathlib.Path({str(tmp_path / 'up')!r}).touch()\n"
         "time.sleep(60)\n"
     )
-    code = (
-        "import pathlib, sys, time\n"
-        f"sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n"
-        "from pikastream_jax.training.worker import Worker\n"
-        "if __name__ == '__main__':\n"
-        "    worker = Worker()\n"
-        "    worker.run(['-m', 'saves'])\n"
-        f"    while not pathlib.Path({str(tmp_path / 'up')!r}).exists(): time.sleep(0.01)\n"
-        "    worker.stop()\n"
-        "    while worker.status() is None: time.sleep(0.01)\n"
-        "    print(worker.status())\n"
-        "    worker.close()\n"
+    body = (
+        "worker.run(['-m', 'saves'])\n"
+        f"while not pathlib.Path({str(tmp_path / 'up')!r}).exists(): time.sleep(0.01)\n"
+        "worker.stop()\n"
+        "while worker.status() is None: time.sleep(0.01)\n"
+        "print(worker.status())\n"
+        "worker.close()\n"
     )
-    script = tmp_path / "script.py"
-    script.write_text(code)
     started = time.monotonic()
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    done = subprocess.run(**worker_script(tmp_path, body), capture_output=True, timeout=120)
     assert done.stdout.strip() == "0", done.stderr
     assert time.monotonic() - started < 60
 
@@ -326,19 +319,13 @@ def test_a_command_leaves_with_who_gave_it(tmp_path, asked):
         "    time.sleep(1)\n"
         "    (here / 'saved').touch()\n"
     )
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import pathlib, sys, time\n"
-        f"sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n"
-        "from pikastream_jax.training.worker import Worker\n"
-        "if __name__ == '__main__':\n"
-        "    worker = Worker()\n"
-        "    worker.run(['-m', 'saves'])\n"
-        f"    while not pathlib.Path({str(tmp_path / 'up')!r}).exists(): time.sleep(0.01)\n"
-        f"    for _ in range({asked}): worker.stop(); time.sleep(0.1)\n"
-        "    time.sleep(100)\n"
+    body = (
+        "worker.run(['-m', 'saves'])\n"
+        f"while not pathlib.Path({str(tmp_path / 'up')!r}).exists(): time.sleep(0.01)\n"
+        f"for _ in range({asked}): worker.stop(); time.sleep(0.1)\n"
+        "time.sleep(100)\n"
     )
-    parent = subprocess.Popen([sys.executable, str(script)], env=os.environ | {"JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(**worker_script(tmp_path, body), stderr=subprocess.PIPE)
     wait_for(lambda: (tmp_path / ("saving" if asked else "up")).exists())
     parent.kill()
     said = parent.communicate(timeout=60)[1]  # to the end of what the worker writes, so until it has left
