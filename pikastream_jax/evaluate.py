@@ -62,7 +62,7 @@ class Arguments:
     schedule: str | None = None
     """sequential or rolling; the preset's by default."""
     steps: int | None = None
-    """Denoising steps of a chunk; the preset's by default."""
+    """Denoising steps of a chunk; by default the weights' own."""
     chunk: int | None = None
     """Latent frames generated together; the preset's by default."""
     quick: bool = False

@@ -15,7 +15,6 @@ from pikastream_jax.live.model import LiveModel, StreamModel
 from pikastream_jax.serving.errors import ServeError
 
 CHUNK = 2  # latent frames: what a word waits for is a chunk and the time to make one
-STEPS = 2  # of the shipped weights, which are no worse with two than with four by any figure of docs/live.md
 TOKEN = "PIKASTREAM_TOKEN"
 
 
@@ -121,8 +120,7 @@ def load_model(weights: Path | None, stream: dict[str, Any], rows: int) -> LiveM
     """
     from pikastream_jax.streaming.generator import load_generator
 
-    usual = {"chunk": CHUNK} | ({"steps": STEPS} if weights is None else {})
-    return StreamModel(load_generator(weights, **(usual | stream)), rows)
+    return StreamModel(load_generator(weights, **({"chunk": CHUNK} | stream)), rows)
 
 
 def _listen_with_replicas(options: ListenOptions, say: Callable[[str], None], build: Callable[[], LiveModel], at: tuple[str, int], access, drawn: dict[str, Any]) -> int:

@@ -95,7 +95,7 @@ class Options:
     chunk: int | None = None
     """latent frames (of 4 frames) made together: 1 answers soonest, 3 is fastest (default: the model's; --listen: 2)"""
     steps: int | None = None
-    """denoising steps of a chunk: fewer are faster, more are finer (default: the model's; --listen with the shipped weights: 2)"""
+    """denoising steps of a chunk: fewer are faster, more are finer (default: the weights' own; those that ship: 2)"""
     schedule: str | None = None
     """sequential, or rolling: chunks denoised together at rising noise levels, shown steps - 1 chunks later (default: the model's)"""
     precision: str | None = None

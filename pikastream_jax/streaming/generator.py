@@ -214,7 +214,7 @@ def load_generator(weights: Path | None = None, **stream: Any) -> Generator:
 
     Args:
       weights: the file.
-      stream: fields of `StreamConfig` that shall differ from the preset's.
+      stream: fields of `StreamConfig` that shall differ from those of `load_package`.
 
     Raises:
       FileNotFoundError, ValueError: see `load_package`.

@@ -34,7 +34,7 @@ class Package:
 
 
 def save_package(path: Path, config: Config, params: ModelParams, tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
-    """Writes the file, weights in bfloat16."""
+    """Writes the file, weights in bfloat16. Who loads it streams in `config.stream.steps`, and else as the preset says."""
     tree = {
         "denoiser": params.denoiser,
         "flash_vae": params.flash_vae,
@@ -49,7 +49,7 @@ def load_package(path: Path | None = None, **stream: Any) -> Package:
 
     Args:
       path: the file.
-      stream: fields of `StreamConfig` that shall differ from the preset's; weights are read in the precision's dtype.
+      stream: fields of `StreamConfig` that shall differ from the preset's, or `steps` from the file's; weights are read in the precision's dtype.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -60,8 +60,10 @@ def load_package(path: Path | None = None, **stream: Any) -> Package:
     if "pikastream" not in header:
         raise ValueError(f"{path} holds no pikastream-jax model: make one with `python -m pikastream_jax.training.export`")
     record = json.loads(header["pikastream"])
-    config = preset(record["config"]["name"], **stream)
-    stored, present = record["config"], dataclasses.asdict(config)
+    stored = record["config"]
+    # Weights may stream better in other steps than those that their preset trains in.
+    config = preset(stored["name"], **({"steps": stored["stream"]["steps"]} | stream))
+    present = dataclasses.asdict(config)
     for part in ("audio", "text", "flash_vae", "dit"):
         if stored[part] != present[part]:
             raise ValueError(f"{path} was made for {part} {stored[part]}, but the preset {config.name!r} has {present[part]}")

@@ -59,7 +59,7 @@ class Arguments:
     """Compare runs on held-out clips."""
 
     runs: tuple[str, ...]
-    """Folders in runs/CONFIG (or paths), each compared with the first; NAME@STEPS for a teacher in so many steps; a file that streams; truth for the clips themselves."""
+    """Folders in runs/CONFIG (or paths), each compared with the first; NAME@STEPS for a teacher in so many steps; a file that streams, in its own steps; truth for the clips themselves."""
     config: str = "tiny"
     """Preset in configs/."""
     clips: int = 200
@@ -115,7 +115,7 @@ def contestant(name: str, config: Config, folder: Path, steps: int, guidance: Gu
     path = folder / run if (folder / run).exists() else Path(run)
     if path.is_file():
         if separator:
-            raise ValueError(f"run {name!r}: a student takes the steps that it was trained for; leave @{asked} away")
+            raise ValueError(f"run {name!r}: a file streams in the steps that it was packed with; leave @{asked} away")
         return _packed(name, path, config, folder)
     if not (path / "config.json").is_file():
         there = sorted(entry.parent.name for entry in folder.glob("dit_*/config.json"))
@@ -144,9 +144,9 @@ def _packed(name: str, path: Path, config: Config, folder: Path) -> Contestant:
     for field in ("mean", "std"):
         if not np.allclose(getattr(packed, field), getattr(statistics, field), rtol=2**-8, atol=1e-3):  # the file is bfloat16
             raise ValueError(f"{path} and {folder / 'clips'} scale latents differently: make clips with --like {path}")
-    models, sampler = _sampler(config, None, Guidance())
+    models, sampler = _sampler(package.config, None, Guidance())
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), package.params.denoiser)
-    way = {"weights": digest(*jax.tree.leaves(params)), "stream": dataclasses.asdict(config.stream)}
+    way = {"weights": digest(*jax.tree.leaves(params)), "stream": dataclasses.asdict(package.config.stream)}
     return Contestant(name, models, params, sampler, False, way)
 
 

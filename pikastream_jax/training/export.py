@@ -42,6 +42,8 @@ class Arguments:
     """Run folder or .safetensors of FlashVAE; by default runs/CONFIG/vae_adversarial, or else runs/CONFIG/vae_streaming."""
     clips: Path | None = None
     """The clips it was trained on: vocabulary and latent statistics; by default runs/CONFIG/clips."""
+    steps: int | None = None
+    """Denoising steps in which a chunk is to be streamed; by default the preset's, in which students are trained."""
     out: Path | None = None
     """File to write; by default runs/CONFIG/CONFIG.safetensors. What ships is pikastream_jax/assets/tiny.safetensors."""
     root: Path = Path("runs")
@@ -55,7 +57,8 @@ def export(arguments: Arguments) -> Path:
       FileNotFoundError: a run or the clips are missing.
       ValueError: weights that do not fit the preset, clips of another one, or shares that make no mean.
     """
-    config, folder = preset(arguments.config), arguments.root / arguments.config
+    steps = {} if arguments.steps is None else {"steps": arguments.steps}
+    config, folder = preset(arguments.config, **steps), arguments.root / arguments.config
     denoisers = arguments.denoiser or (best_run(folder, STUDENTS, "--denoiser"),)
     shares = _shares(arguments.shares, len(denoisers))
     flash_vae = arguments.flash_vae or best_run(folder, FLASH_VAE, "--flash-vae")

@@ -88,10 +88,16 @@ def test_other_sizes_than_the_presets_are_named(known, file):
         load_package(file)
 
 
-def test_how_it_streams_is_the_presets_choice(known, file):
-    """Solver steps and window are no property of the weights: a preset may change them without a new file."""
-    known.setitem(configs.PRESETS, "small", lambda: small_config(steps=3))
-    assert load_package(file).config.stream.steps == 3
+def test_steps_are_the_files_choice_and_how_else_it_streams_the_presets(known, file, tmp_path):
+    """Weights may be best in fewer steps than the preset trains in; window and the rest may change without a new file."""
+    known.setitem(configs.PRESETS, "small", lambda: small_config(steps=3, window=8))
+    stream = load_package(file).config.stream
+    assert (stream.steps, stream.window) == (small_config().stream.steps, 8) and stream.steps != 3
+    assert load_package(file, steps=4).config.stream.steps == 4
+    fewer = tmp_path / "fewer.safetensors"
+    _, params = small_models(small_config())
+    save_package(fewer, small_config(steps=1), params, TOKENIZER, MADE)
+    assert load_package(fewer).config.stream.steps == 1
 
 
 @pytest.mark.parametrize("part", ["denoiser", "flash_vae", "statistics"])

@@ -63,6 +63,13 @@ def test_a_student_by_name_and_a_file_by_name(root, monkeypatch, tmp_path):
     assert load_package(tmp_path / "other.safetensors").metadata["denoiser"]["stage"] == "dit_causal"
 
 
+def test_a_file_may_stream_in_other_steps_than_it_was_trained_in(root, monkeypatch, tmp_path):
+    assert run(monkeypatch, root, "--steps", "1", "--out", str(tmp_path / "one.safetensors")) == 0
+    assert load_package(tmp_path / "one.safetensors").config.stream.steps == 1 != CONFIG.stream.steps
+    assert run(monkeypatch, root, "--out", str(tmp_path / "own.safetensors")) == 0
+    assert load_package(tmp_path / "own.safetensors").config.stream.steps == CONFIG.stream.steps
+
+
 def test_the_mean_of_students_tells_of_each(root, monkeypatch, tmp_path):
     """The second time one of them is the file made the first time: how that was made stands within."""
     causal, forced, first, second = *(root / "small" / name for name in ("dit_causal", "dit_self_forcing")), tmp_path / "first", tmp_path / "second"
@@ -86,6 +93,7 @@ def test_bad_input_is_one_line(root, monkeypatch, capsys):
         (["--clips", str(root / "gone")], "gone"),
         (["--root", str(root / "empty")], "has no dit_student_reward or"),
         (["--config", "huge"], "no preset is called 'huge'"),
+        (["--steps", "0"], "steps 0 must lie in 1-64"),
         (["--shares", "0.5", "0.5"], "--shares has 2 numbers for 1 students"),
         (["--denoiser", student, student, "--shares", "0.7", "0.7"], "--shares 0.7 0.7 must be above 0 and make 1 together"),
         (["--denoiser", student, student, "--shares", "nan", "1.0"], "--shares nan 1.0 must be above 0"),

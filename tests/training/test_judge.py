@@ -156,6 +156,9 @@ def test_a_file_that_streams_is_judged_as_the_run_that_it_was_packed_from(runs, 
     code, _, err = command("--runs", str(tmp_path / "other.safetensors"))
     assert code == 1 and "scale latents differently: make clips with --like" in err
     assert "leave @4 away" in command("--runs", f"{tmp_path / 'packed.safetensors'}@4")[2]
+    fewer = dataclasses.replace(CONFIG, stream=dataclasses.replace(CONFIG.stream, steps=1))
+    save_package(tmp_path / "fewer.safetensors", fewer, params, tokenizer, {})
+    assert compare.contestant(str(tmp_path / "fewer.safetensors"), CONFIG, runs / "small", 50, compare.Guidance()).models.config == fewer
 
 
 @pytest.mark.parametrize(
