@@ -60,7 +60,7 @@ class Arguments:
     precision: str | None = None
     """Of weights and products: float32, bfloat16 or float8; the preset's by default."""
     schedule: str | None = None
-    """sequential or rolling; the preset's by default."""
+    """sequential or rolling; by default the weights' own."""
     steps: int | None = None
     """Denoising steps of a chunk; by default the weights' own."""
     chunk: int | None = None
@@ -74,7 +74,7 @@ class Arguments:
 
     @property
     def stream(self) -> dict[str, str | int]:
-        """What differs from the way that the preset streams."""
+        """What differs from the way that the weights stream by themselves."""
         return {name: value for name in ("precision", "schedule", "steps", "chunk") if (value := getattr(self, name)) is not None}
 
 
@@ -94,6 +94,11 @@ class Plan:
     listeners: int
     silent_chunks: int  # that their streams begin with
 
+    def in_chunks_of(self, frames: int) -> "Plan":
+        """The same seconds in chunks of so many video frames."""
+        lengths = ("chunks", "smiling_chunks", "other_chunks", "silent_chunks")
+        return dataclasses.replace(self, **{name: round(getattr(self, name) * 12 / frames) for name in lengths})
+
 
 FULL = Plan(24, 10, 5, 4, 3, 8, 32, 24, 64, 6, 25)
 QUICK = Plan(4, 6, 3, 0, 0, 2, 6, 12, 24, 1, 5)
@@ -106,7 +111,7 @@ def evaluate(face: TalkingFace, arguments: Arguments) -> tuple[dict[str, Any], l
       FileNotFoundError, ValueError: speech or video that cannot be read.
     """
     started = time.perf_counter()
-    plan = QUICK if arguments.quick else FULL
+    plan = (QUICK if arguments.quick else FULL).in_chunks_of(face.chunk_frames)
     people = arguments.identities or tuple(subjects.HELD_OUT_IDENTITIES + i for i in range(plan.people))
     speech = [subjects.read_speech(path) for path in arguments.audio]
     videos = {path.name: autoencoder.read_video(path, face.height) for path in arguments.video}
@@ -163,7 +168,6 @@ def evaluate(face: TalkingFace, arguments: Arguments) -> tuple[dict[str, Any], l
         "audio": [path.name for path in arguments.audio],
         "identities": list(people),
         "weights": "shipped" if arguments.weights is None else arguments.weights.name,
-        "stream": arguments.stream,
         "quick": arguments.quick,
         "jax": jax.__version__,
         "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
@@ -244,7 +248,9 @@ def main() -> int:
         arguments = tyro.cli(Arguments)
         from pikastream_jax.streaming.generator import load_generator
 
-        result, clips = evaluate(load_generator(arguments.weights, **arguments.stream), arguments)
+        generator = load_generator(arguments.weights, **arguments.stream)
+        result, clips = evaluate(generator, arguments)
+        result["run"]["stream"] = dataclasses.asdict(generator.config.stream)
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "result.json").write_text(json.dumps(plain(result), indent=2) + "\n")
         save_sheet(arguments.out / "sheet.png", clips)

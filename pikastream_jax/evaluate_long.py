@@ -37,6 +37,9 @@ _TIMED_CHUNKS = 12  # of one stream, in turn with the other contestants
 _SPARE_SECONDS = 8.0  # of sound after the last mark: chunks end on their own grid, and a rolling stream is late
 
 
+_WAYS = ("schedule", "steps", "clean_pass")  # to run the same weights
+
+
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """Compare weights, or ways to run them, on long streams."""
@@ -48,7 +51,9 @@ class Arguments:
     people: int = 8
     """Streams side by side; held-out people."""
     schedule: tuple[str, ...] = ()
-    """sequential or rolling, one for all or one for each of the weights; the preset's by default."""
+    """sequential or rolling, one for all or one for each of the weights; by default their own."""
+    steps: tuple[int, ...] = ()
+    """Denoising steps of a chunk, one for all or one for each; by default the weights' own."""
     clean_pass: tuple[bool, ...] = ()
     """Whether a chunk's keys and values are computed anew from the clean chunk, one for all or one for each; the preset's by default."""
     audio: Path = SPEECH
@@ -61,13 +66,13 @@ class Arguments:
             raise ValueError("--weights names no file: give at least one")
         if self.people < 2:
             raise ValueError(f"--people {self.people} must be at least 2: differences are taken person by person")
-        for name in ("schedule", "clean_pass"):
+        for name in _WAYS:
             if len(getattr(self, name)) not in (0, 1, len(self.weights)):
                 raise ValueError(f"--{name.replace('_', '-')} has {len(getattr(self, name))} values for {len(self.weights)} weights: give one for all or one for each")
 
     def stream(self, index: int) -> dict[str, Any]:
-        """What differs from the preset's way to stream, for the weights of that index."""
-        given = {name: getattr(self, name) for name in ("schedule", "clean_pass")}
+        """What differs from the way that the weights of that index stream by themselves."""
+        given = {name: getattr(self, name) for name in _WAYS}
         return {name: values[index if len(values) > 1 else 0] for name, values in given.items() if values}
 
     @property
@@ -186,7 +191,10 @@ def main() -> int:
         found = measure(generators, cast, arguments.seconds)
         from pikastream_jax.evaluate import plain
 
-        result = {"contestants": {name: measured.report() for name, measured in found.items()}, "people": list(people)}
+        result = {
+            "contestants": {name: measured.report() | {"stream": dataclasses.asdict(generators[name].config.stream)} for name, measured in found.items()},
+            "people": list(people),
+        }
         result["run"] = {"weights": [path.name for path in arguments.weights], "audio": arguments.audio.name, "seconds": list(arguments.seconds), "jax": jax.__version__}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(plain(result), indent=2) + "\n")

@@ -95,9 +95,9 @@ class Options:
     chunk: int | None = None
     """latent frames (of 4 frames) made together: 1 answers soonest, 3 is fastest (default: the model's; --listen: 2)"""
     steps: int | None = None
-    """denoising steps of a chunk: fewer are faster, more are finer (default: the weights' own; those that ship: 2)"""
+    """denoising steps of a chunk: fewer are faster (default: those in which the weights are best, 2 for what ships)"""
     schedule: str | None = None
-    """sequential, or rolling: chunks denoised together at rising noise levels, shown steps - 1 chunks later (default: the model's)"""
+    """sequential, or rolling: chunks denoised together at rising noise levels, shown steps - 1 chunks later (default: the weights' own)"""
     precision: str | None = None
     """of weights and products: float32, bfloat16 or float8; the lower ones are for GPUs (default: the model's)"""
 
@@ -128,7 +128,7 @@ class Options:
 
     @property
     def stream(self) -> dict[str, int | str]:
-        """What differs from the way that the preset streams."""
+        """What differs from the way that the weights stream by themselves."""
         fields = {name: getattr(self, name) for name in ("chunk", "steps", "schedule", "precision")}
         return {name: value for name, value in fields.items() if value is not None}
 

@@ -214,7 +214,7 @@ def load_generator(weights: Path | None = None, **stream: Any) -> Generator:
 
     Args:
       weights: the file.
-      stream: fields of `StreamConfig` that shall differ from those of `load_package`.
+      stream: fields of `StreamConfig` that shall differ from the file's or the preset's, as of `load_package`.
 
     Raises:
       FileNotFoundError, ValueError: see `load_package`.

@@ -1,4 +1,4 @@
-"""The one file that a stream needs: weights of all models, latent statistics, vocabulary and the preset they belong to."""
+"""The one file that a stream needs: weights of all models, latent statistics, vocabulary, the preset they belong to, and how they stream best."""
 
 import dataclasses
 import json
@@ -17,6 +17,8 @@ from pikastream_jax.weights import safetensors_io
 
 ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED = ASSETS / "tiny.safetensors"
+# Fields of `StreamConfig` that come from the file: a student is trained for one schedule, and may be best in other steps than it was trained in.
+OWN = ("schedule", "steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Package:
 
 
 def save_package(path: Path, config: Config, params: ModelParams, tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
-    """Writes the file, weights in bfloat16. Who loads it streams in `config.stream.steps`, and else as the preset says."""
+    """Writes the file, weights in bfloat16. Of `config.stream` the fields `OWN` are kept; the rest is the preset's when it is loaded."""
     tree = {
         "denoiser": params.denoiser,
         "flash_vae": params.flash_vae,
@@ -49,7 +51,7 @@ def load_package(path: Path | None = None, **stream: Any) -> Package:
 
     Args:
       path: the file.
-      stream: fields of `StreamConfig` that shall differ from the preset's, or `steps` from the file's; weights are read in the precision's dtype.
+      stream: fields of `StreamConfig` that shall differ from the file's (`OWN`) or the preset's (all others); weights are read in the precision's dtype.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -61,8 +63,7 @@ def load_package(path: Path | None = None, **stream: Any) -> Package:
         raise ValueError(f"{path} holds no pikastream-jax model: make one with `python -m pikastream_jax.training.export`")
     record = json.loads(header["pikastream"])
     stored = record["config"]
-    # Weights may stream better in other steps than those that their preset trains in.
-    config = preset(stored["name"], **({"steps": stored["stream"]["steps"]} | stream))
+    config = preset(stored["name"], **({name: stored["stream"][name] for name in OWN} | stream))
     present = dataclasses.asdict(config)
     for part in ("audio", "text", "flash_vae", "dit"):
         if stored[part] != present[part]:

@@ -46,7 +46,7 @@ from pikastream_jax.training.judge import (
 from pikastream_jax.training.records import read_record
 from pikastream_jax.training.refl import load_rewards
 from pikastream_jax.training.sampling import Guidance, bidirectional_velocity
-from pikastream_jax.training.stages import FLASH_VAE, TEACHERS, best_run
+from pikastream_jax.training.stages import FLASH_VAE, TEACHERS, as_trained, best_run
 from pikastream_jax.weights.safetensors_io import restore_into
 
 TRUTH = "truth"
@@ -59,7 +59,7 @@ class Arguments:
     """Compare runs on held-out clips."""
 
     runs: tuple[str, ...]
-    """Folders in runs/CONFIG (or paths), each compared with the first; NAME@STEPS for a teacher in so many steps; a file that streams, in its own steps; truth for the clips themselves."""
+    """Folders in runs/CONFIG (or paths), each compared with the first; a file that streams; truth for the clips themselves. NAME@STEPS for one in so many steps; students take else those they were trained in, files their own."""
     config: str = "tiny"
     """Preset in configs/."""
     clips: int = 200
@@ -99,7 +99,7 @@ class Contestant:
 
 
 def contestant(name: str, config: Config, folder: Path, steps: int, guidance: Guidance) -> Contestant:
-    """A run by its name, `NAME@STEPS`, a file that streams, or `truth`.
+    """A run or a file that streams by its name, `NAME@STEPS` for so many steps, or `truth`.
 
     Args:
       folder: of the preset's runs.
@@ -113,10 +113,9 @@ def contestant(name: str, config: Config, folder: Path, steps: int, guidance: Gu
     if separator and not (asked.isdigit() and int(asked) > 0):
         raise ValueError(f"run {name!r}: {asked!r} is no number of steps, write for example {run}@8")
     path = folder / run if (folder / run).exists() else Path(run)
+    other = {"steps": int(asked)} if asked else {}
     if path.is_file():
-        if separator:
-            raise ValueError(f"run {name!r}: a file streams in the steps that it was packed with; leave @{asked} away")
-        return _packed(name, path, config, folder)
+        return _packed(name, path, config, folder, other)
     if not (path / "config.json").is_file():
         there = sorted(entry.parent.name for entry in folder.glob("dit_*/config.json"))
         raise ValueError(f"no run {run!r} in {folder}: {'there are ' + ', '.join(there) if there else 'it has none of the DiT'}")
@@ -125,18 +124,16 @@ def contestant(name: str, config: Config, folder: Path, steps: int, guidance: Gu
     if not stage.startswith("dit_"):
         raise ValueError(f"{path} is a run of {stage}, which makes no clips: name one of the DiT's stages")
     teacher = stage in TEACHERS
-    if separator and not teacher:
-        raise ValueError(f"run {name!r}: a student takes the steps that it was trained for; leave @{asked} away")
-    models, sampler = _sampler(config if teacher else as_trained(config, record), int(asked or steps) if teacher else None, guidance)
+    models, sampler = _sampler(config if teacher else as_trained(config, record, **other), int(asked or steps) if teacher else None, guidance)
     params = restore_into(models.denoiser.abstract, load_weights(path, "denoiser"))
     way = {"weights": digest(*jax.tree.leaves(params))}
     way |= {"steps": int(asked or steps), "guidance": dataclasses.asdict(guidance)} if teacher else {"stream": dataclasses.asdict(models.config.stream)}
     return Contestant(name, models, params, sampler, teacher, way)
 
 
-def _packed(name: str, path: Path, config: Config, folder: Path) -> Contestant:
-    """The student in a file that streams. Its latents must be scaled as those of the clips."""
-    package = load_package(path)
+def _packed(name: str, path: Path, config: Config, folder: Path, other: dict[str, int]) -> Contestant:
+    """The student in a file that streams, in its own way but for `other`. Its latents must be scaled as those of the clips."""
+    package = load_package(path, **other)
     if package.config.name != config.name:
         raise ValueError(f"{path} is of preset {package.config.name}: give --config {package.config.name}")
     _, statistics = load_clip_record(folder / "clips", config.text.length)
@@ -155,13 +152,6 @@ def _sampler(config: Config, steps: int | None, guidance: Guidance) -> tuple[Mod
     """Models and sampler of a teacher, or of a student where `steps` is None; the same objects for the same way, so that it is compiled once."""
     models = Models.of(config)
     return models, student_sampler(models) if steps is None else teacher_sampler(models, steps, guidance)
-
-
-def as_trained(config: Config, record: dict[str, Any]) -> Config:
-    """The preset, streaming in the schedule that a run of `dit_causal` was trained for."""
-    settings = record.get("config", {}).get("stage", {})
-    schedule = settings.get("schedule") if isinstance(settings, dict) else None
-    return config if schedule is None else preset(config.name, schedule=schedule)
 
 
 def load_judge(config: Config, folder: Path) -> tuple[Judge, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Packs trained runs into the one file that streams: `python -m pikastream_jax.training.export --config nano`.
 
 By default the student that went farthest in the recipe, with FlashVAE and the clips' vocabulary and latent statistics from the same folder of runs.
+The file streams in the schedule that the student was trained for and in its steps, or in those of `--steps`.
 
 Several students that come from one another may be packed as their weighted mean: what one stage unlearns of another's gains comes back in part
 (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", https://arxiv.org/abs/2109.01903).
@@ -11,20 +12,22 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import tyro
 
 from configs import preset
+from pikastream_jax.config import Config
 from pikastream_jax.nn.layers import Params
-from pikastream_jax.streaming.package import save_package
+from pikastream_jax.streaming.package import OWN, save_package
 from pikastream_jax.streaming.step import ModelParams, Models
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.clips import load_clip_record
 from pikastream_jax.training.metrics import METRICS_FILE, read_rows
 from pikastream_jax.training.records import read_record
-from pikastream_jax.training.stages import FLASH_VAE, STUDENTS, best_run
+from pikastream_jax.training.stages import FLASH_VAE, STUDENTS, as_trained, best_run
 from pikastream_jax.weights.safetensors_io import load, restore_into
 
 
@@ -43,7 +46,7 @@ class Arguments:
     clips: Path | None = None
     """The clips it was trained on: vocabulary and latent statistics; by default runs/CONFIG/clips."""
     steps: int | None = None
-    """Denoising steps in which a chunk is to be streamed; by default the preset's, in which students are trained."""
+    """Denoising steps in which the file is to stream; by default those that a run was trained in, and a file that streams its own."""
     out: Path | None = None
     """File to write; by default runs/CONFIG/CONFIG.safetensors. What ships is pikastream_jax/assets/tiny.safetensors."""
     root: Path = Path("runs")
@@ -57,9 +60,9 @@ def export(arguments: Arguments) -> Path:
       FileNotFoundError: a run or the clips are missing.
       ValueError: weights that do not fit the preset, clips of another one, or shares that make no mean.
     """
-    steps = {} if arguments.steps is None else {"steps": arguments.steps}
-    config, folder = preset(arguments.config, **steps), arguments.root / arguments.config
+    config, folder = preset(arguments.config), arguments.root / arguments.config
     denoisers = arguments.denoiser or (best_run(folder, STUDENTS, "--denoiser"),)
+    config = preset(config.name, **_way(config, denoisers, arguments.steps))
     shares = _shares(arguments.shares, len(denoisers))
     flash_vae = arguments.flash_vae or best_run(folder, FLASH_VAE, "--flash-vae")
     clips = arguments.clips or folder / "clips"
@@ -88,6 +91,26 @@ def _shares(shares: tuple[float, ...], count: int) -> tuple[float, ...]:
     if not (min(shares) > 0 and math.isclose(sum(shares), 1.0, abs_tol=1e-6)):
         raise ValueError(f"--shares {' '.join(map(str, shares))} must be above 0 and make 1 together")
     return shares
+
+
+def _way(config: Config, students: tuple[Path, ...], steps: int | None) -> dict[str, Any]:
+    """How the file is to stream: the fields `OWN`, which must be the same for all students but for what is given."""
+    given = {} if steps is None else {"steps": steps}
+    ways = [_own(config, path) | given for path in students]
+    for name in OWN:
+        if len(values := {way[name] for way in ways}) > 1:
+            fix = "give --steps" if name == "steps" else "they make no mean"
+            raise ValueError(f"--denoiser names students that stream in {name} {' and '.join(map(str, sorted(values)))}: {fix}")
+    return ways[0]
+
+
+def _own(config: Config, path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        stream = dataclasses.asdict(as_trained(config, json.loads((path / "config.json").read_text())).stream)
+    else:
+        packed = load(path)[1].get("pikastream")
+        stream = json.loads(packed)["config"]["stream"] if packed else dataclasses.asdict(config.stream)
+    return {name: stream[name] for name in OWN}
 
 
 def _mean(students: list[Params], shares: tuple[float, ...]) -> Params:

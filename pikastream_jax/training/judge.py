@@ -64,7 +64,7 @@ def teacher_sampler(models: Models, steps: int, guidance: Guidance) -> Sampler:
 
 
 def student_sampler(models: Models) -> Sampler:
-    """The student as it streams, in the schedule and the steps of the preset, chunk by chunk with the inference step itself."""
+    """The student as it streams, in the schedule and the steps of the models' configuration, chunk by chunk with the inference step itself."""
     config = models.config
     stream, size = config.stream, config.stream.chunk
     waiting = stream.in_flight - size

@@ -5,6 +5,10 @@ import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+from configs import preset
+from pikastream_jax.config import Config
 
 HandOver = Mapping[str, tuple[str, ...]]
 
@@ -103,3 +107,15 @@ def best_run(runs: Path, candidates: tuple[str, ...], flag: str) -> Path:
         if (runs / name).exists():
             return runs / name
     raise FileNotFoundError(f"{runs} has no {' or '.join(candidates)}: train one first, or name another with {flag}")
+
+
+def as_trained(config: Config, record: Mapping[str, Any], **stream: Any) -> Config:
+    """The preset, streaming in the schedule that a run of `dit_causal` was trained for.
+
+    Args:
+      record: the run's config.json.
+      stream: fields of `StreamConfig` that shall differ.
+    """
+    settings = record.get("config", {}).get("stage", {})
+    schedule = settings.get("schedule") if isinstance(settings, dict) else None
+    return preset(config.name, **({} if schedule is None else {"schedule": schedule}) | stream)

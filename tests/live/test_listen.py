@@ -3,12 +3,15 @@
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import pikastream_jax.live.listen as listen_module
 from pikastream_jax.live.listen import ListenOptions, listen, parse_address
 from pikastream_jax.serving.command import parse
 from pikastream_jax.serving.errors import ServeError
+from pikastream_jax.streaming import generator
 
 SERVER = """
 import sys
@@ -45,6 +48,16 @@ def test_an_address_that_others_reach_needs_a_token(monkeypatch):
         listen(ListenOptions("0.0.0.0:0", None, {}), print)
     with pytest.raises(ServeError, match="'http' is no port"):
         listen(ListenOptions("localhost:http", None, {}), print)
+
+
+def test_the_model_streams_in_small_chunks_and_else_as_its_file_says(monkeypatch):
+    """What is asked for comes before both."""
+    asked = []
+    monkeypatch.setattr(generator, "load_generator", lambda weights, **stream: asked.append((weights, stream)))
+    monkeypatch.setattr(listen_module, "StreamModel", lambda _, rows: rows)
+    assert listen_module.load_model(None, {}, 2) == 2
+    listen_module.load_model(Path("other"), {"chunk": 1, "steps": 4}, 1)
+    assert asked == [(None, {"chunk": 2}), (Path("other"), {"chunk": 1, "steps": 4})]
 
 
 def test_it_comes_up_and_stops_when_told():

@@ -88,3 +88,11 @@ def test_the_shipped_weights_from_the_command_line(tmp_path, monkeypatch, capsys
     assert result["flash_vae"]["held_out_faces"]["psnr"] > 25
     assert (tmp_path / "sheet.png").is_file()
     assert "FlashVAE" in capsys.readouterr().out
+
+
+def test_clips_last_as_long_in_chunks_of_any_size():
+    for frames in (4, 8, 12):
+        plan = evaluate.FULL.in_chunks_of(frames)
+        for name in ("chunks", "smiling_chunks", "other_chunks", "silent_chunks"):
+            assert abs(frames * getattr(plan, name) - 12 * getattr(evaluate.FULL, name)) <= frames / 2, (frames, name)
+    assert evaluate.FULL.in_chunks_of(12) == evaluate.FULL

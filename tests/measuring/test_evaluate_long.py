@@ -116,18 +116,19 @@ def test_two_ways_to_run_the_same_weights_from_the_command_line(weights, load, t
         return load()
 
     out = tmp_path / "long.json"
-    argv = ["evaluate_long", "--weights", str(weights), str(weights), "--clean-pass", "False", "True", "--seconds", "10", "--people", "3"]
+    argv = ["evaluate_long", "--weights", str(weights), str(weights), "--clean-pass", "False", "True", "--steps", "1", "--seconds", "10", "--people", "3"]
     monkeypatch.setattr(sys, "argv", [*argv, "--out", str(out)])
     monkeypatch.setattr(evaluate_long, "calibrate", lambda *_: (None, METRIC))
     monkeypatch.setattr(evaluate_long, "load_generator", recorded)
     assert evaluate_long.main() == 0
-    assert asked == [(weights, {"clean_pass": False}), (weights, {"clean_pass": True})]
+    assert asked == [(weights, {"steps": 1, "clean_pass": False}), (weights, {"steps": 1, "clean_pass": True})]
     text = capsys.readouterr().out
-    assert "at 10 s: small clean_pass=False against small clean_pass=True" in text and "identity_distance" in text
+    assert "at 10 s: small steps=1 clean_pass=False against small steps=1 clean_pass=True" in text and "identity_distance" in text
     result = json.loads(out.read_text())
-    assert list(result["contestants"]) == ["small clean_pass=False", "small clean_pass=True"]
-    one = result["contestants"]["small clean_pass=False"]
+    assert list(result["contestants"]) == ["small steps=1 clean_pass=False", "small steps=1 clean_pass=True"]
+    one = result["contestants"]["small steps=1 clean_pass=False"]
     assert len(one["people"]["10"]["flicker"]) == 3 and one["delay_frames"] == 0 and one["step_ms_one_stream"] > 0
+    assert one["stream"] == dataclasses.asdict(load().config.stream)
 
 
 @pytest.mark.parametrize(

@@ -88,16 +88,21 @@ def test_other_sizes_than_the_presets_are_named(known, file):
         load_package(file)
 
 
-def test_steps_are_the_files_choice_and_how_else_it_streams_the_presets(known, file, tmp_path):
-    """Weights may be best in fewer steps than the preset trains in; window and the rest may change without a new file."""
-    known.setitem(configs.PRESETS, "small", lambda: small_config(steps=3, window=8))
-    stream = load_package(file).config.stream
-    assert (stream.steps, stream.window) == (small_config().stream.steps, 8) and stream.steps != 3
-    assert load_package(file, steps=4).config.stream.steps == 4
-    fewer = tmp_path / "fewer.safetensors"
+def test_schedule_and_steps_are_the_files_choice_and_all_else_the_presets(known, tmp_path):
+    """A student is trained for one schedule and may be best in few steps; the window may change without a new file."""
     _, params = small_models(small_config())
-    save_package(fewer, small_config(steps=1), params, TOKENIZER, MADE)
-    assert load_package(fewer).config.stream.steps == 1
+    path = tmp_path / "rolling.safetensors"
+    save_package(path, small_config(schedule="rolling", steps=1), params, TOKENIZER, MADE)
+    known.setitem(configs.PRESETS, "small", lambda: small_config(steps=3, window=8))
+    stream = load_package(path).config.stream
+    assert (stream.schedule, stream.steps, stream.window) == ("rolling", 1, 8)
+    stream = load_package(path, schedule="sequential", steps=2).config.stream
+    assert (stream.schedule, stream.steps) == ("sequential", 2)
+
+
+def test_what_ships_streams_in_two_steps():
+    stream = load_package().config.stream
+    assert (stream.schedule, stream.steps) == ("sequential", 2) and configs.preset("tiny").stream.steps == 4
 
 
 @pytest.mark.parametrize("part", ["denoiser", "flash_vae", "statistics"])

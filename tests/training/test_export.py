@@ -63,11 +63,21 @@ def test_a_student_by_name_and_a_file_by_name(root, monkeypatch, tmp_path):
     assert load_package(tmp_path / "other.safetensors").metadata["denoiser"]["stage"] == "dit_causal"
 
 
-def test_a_file_may_stream_in_other_steps_than_it_was_trained_in(root, monkeypatch, tmp_path):
-    assert run(monkeypatch, root, "--steps", "1", "--out", str(tmp_path / "one.safetensors")) == 0
-    assert load_package(tmp_path / "one.safetensors").config.stream.steps == 1 != CONFIG.stream.steps
-    assert run(monkeypatch, root, "--out", str(tmp_path / "own.safetensors")) == 0
-    assert load_package(tmp_path / "own.safetensors").config.stream.steps == CONFIG.stream.steps
+def test_a_file_streams_as_its_student_was_trained_or_was_packed_before(root, monkeypatch, tmp_path):
+    def packed(name, *arguments):
+        assert run(monkeypatch, root, *arguments, "--out", str(tmp_path / name)) == 0
+        stream = load_package(tmp_path / name).config.stream
+        return stream.schedule, stream.steps
+
+    trained = CONFIG.stream.steps
+    (root / "small" / "dit_causal_rolling" / "checkpoints").mkdir(parents=True)
+    (root / "small" / "dit_causal_rolling" / "config.json").write_text(json.dumps({"stage": "dit_causal", "seed": 3, "config": {"stage": {"schedule": "rolling"}}}))
+    (root / "small" / "dit_causal_rolling" / "metrics.jsonl").touch()
+    rolling, forced = str(root / "small" / "dit_causal_rolling"), str(root / "small" / "dit_self_forcing")
+    assert packed("own") == ("sequential", trained) != packed("one", "--steps", "1") == ("sequential", 1)
+    assert packed("rolling", "--denoiser", rolling) == ("rolling", trained)
+    assert packed("again", "--denoiser", str(tmp_path / "one")) == ("sequential", 1)
+    assert packed("mean", "--denoiser", str(tmp_path / "one"), forced, "--steps", "3") == ("sequential", 3)
 
 
 def test_the_mean_of_students_tells_of_each(root, monkeypatch, tmp_path):
@@ -88,12 +98,15 @@ def test_bad_input_is_one_line(root, monkeypatch, capsys):
     clips_of(root / "others", "tiny")
     (root / "empty" / "small").mkdir(parents=True)
     student = str(root / "small" / "dit_causal")
+    assert run(monkeypatch, root, "--steps", "1", "--out", str(root / "one")) == 0
+    capsys.readouterr()
     for arguments, said in (
         (["--clips", str(root / "others")], "clips of preset tiny"),
         (["--clips", str(root / "gone")], "gone"),
         (["--root", str(root / "empty")], "has no dit_student_reward or"),
         (["--config", "huge"], "no preset is called 'huge'"),
         (["--steps", "0"], "steps 0 must lie in 1-64"),
+        (["--denoiser", student, str(root / "one")], "students that stream in steps 1 and 2: give --steps"),
         (["--shares", "0.5", "0.5"], "--shares has 2 numbers for 1 students"),
         (["--denoiser", student, student, "--shares", "0.7", "0.7"], "--shares 0.7 0.7 must be above 0 and make 1 together"),
         (["--denoiser", student, student, "--shares", "nan", "1.0"], "--shares nan 1.0 must be above 0"),

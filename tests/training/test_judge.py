@@ -155,17 +155,18 @@ def test_a_file_that_streams_is_judged_as_the_run_that_it_was_packed_from(runs, 
     save_package(tmp_path / "other.safetensors", CONFIG, other, tokenizer, {})
     code, _, err = command("--runs", str(tmp_path / "other.safetensors"))
     assert code == 1 and "scale latents differently: make clips with --like" in err
-    assert "leave @4 away" in command("--runs", f"{tmp_path / 'packed.safetensors'}@4")[2]
     fewer = dataclasses.replace(CONFIG, stream=dataclasses.replace(CONFIG.stream, steps=1))
     save_package(tmp_path / "fewer.safetensors", fewer, params, tokenizer, {})
-    assert compare.contestant(str(tmp_path / "fewer.safetensors"), CONFIG, runs / "small", 50, compare.Guidance()).models.config == fewer
+    for name, steps in (("fewer.safetensors", 1), ("fewer.safetensors@3", 3), ("packed.safetensors", CONFIG.stream.steps)):
+        one = compare.contestant(str(tmp_path / name), CONFIG, runs / "small", 50, compare.Guidance())
+        assert one.models.config.stream.steps == one.way["stream"]["steps"] == steps, name
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--runs", "dit_gone"], "no run 'dit_gone'"),
-        (["--runs", "dit_causal@8"], "leave @8 away"),
+        (["--runs", "dit_causal@65"], "steps 65 must lie in 1-64"),
         (["--runs", "dit_sft@many"], "no number of steps"),
         (["--runs", "clips"], "no run 'clips'"),
         (["--runs", "truth", "--clips", "5"], "holds 4 clips out, 5 are asked for"),
@@ -184,6 +185,8 @@ def test_bad_input_is_one_line(command, arguments, said):
 def test_a_student_is_judged_in_the_schedule_of_its_run(runs):
     student = compare.contestant("dit_rolling", CONFIG, runs / "small", 50, compare.Guidance())
     assert student.models.config.stream.schedule == "rolling" and not student.teacher
+    other = compare.contestant("dit_rolling@1", CONFIG, runs / "small", 50, compare.Guidance())
+    assert other.models.config.stream == dataclasses.replace(student.models.config.stream, steps=1)
 
 
 def test_noise_and_conditions_are_the_same_for_all(runs):
