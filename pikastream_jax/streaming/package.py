@@ -63,7 +63,8 @@ def load_package(path: Path | None = None, **stream: Any) -> Package:
         raise ValueError(f"{path} holds no pikastream-jax model: make one with `python -m pikastream_jax.training.export`")
     record = json.loads(header["pikastream"])
     stored = record["config"]
-    config = preset(stored["name"], **({name: stored["stream"][name] for name in OWN} | stream))
+    own = {name: stored["stream"][name] for name in OWN if name in stored["stream"]}  # the first releases name no schedule
+    config = preset(stored["name"], **(own | stream))
     present = dataclasses.asdict(config)
     for part in ("audio", "text", "flash_vae", "dit"):
         if stored[part] != present[part]:

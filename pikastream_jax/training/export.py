@@ -109,7 +109,7 @@ def _own(config: Config, path: Path) -> dict[str, Any]:
         stream = dataclasses.asdict(as_trained(config, json.loads((path / "config.json").read_text())).stream)
     else:
         packed = load(path)[1].get("pikastream")
-        stream = json.loads(packed)["config"]["stream"] if packed else dataclasses.asdict(config.stream)
+        stream = dataclasses.asdict(config.stream) | (json.loads(packed)["config"]["stream"] if packed else {})
     return {name: stream[name] for name in OWN}
 
 

@@ -1,6 +1,7 @@
 """The weights file: what goes in comes out, and what does not fit is named."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +99,15 @@ def test_schedule_and_steps_are_the_files_choice_and_all_else_the_presets(known,
     assert (stream.schedule, stream.steps, stream.window) == ("rolling", 1, 8)
     stream = load_package(path, schedule="sequential", steps=2).config.stream
     assert (stream.schedule, stream.steps) == ("sequential", 2)
+
+
+def test_a_file_that_names_no_schedule_takes_the_presets(known, file, tmp_path):
+    """As the first releases do."""
+    tree, header = safetensors_io.load(file)
+    record = json.loads(header["pikastream"])
+    del record["config"]["stream"]["schedule"]
+    safetensors_io.save(tmp_path / "old.safetensors", tree, {"pikastream": json.dumps(record)})
+    assert load_package(tmp_path / "old.safetensors").config == small_config()
 
 
 def test_what_ships_streams_in_two_steps():
