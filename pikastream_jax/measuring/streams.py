@@ -37,6 +37,7 @@ class TalkingFace(Protocol):
     """What is measured; `pikastream_jax.streaming.generator.Generator` is one."""
 
     height: int  # pixels of the square pictures that it takes and makes
+    chunk_frames: int  # video frames that a step makes
 
     def session(self, image: UInt8[np.ndarray, "h w 3"], prompt: str, seed: int) -> StreamSession: ...
 

@@ -15,6 +15,8 @@ CHUNK = 7680  # samples of 12 frames
 class TruthFace:
     """Draws the person of the session's seed with the lips of the sound; smiles when told to."""
 
+    chunk_frames = 12
+
     def __init__(self, delay: int = 0, person_offset: int = 0, height: int = 256):
         self.delay, self.person_offset, self.height = delay, person_offset, height
 
