@@ -58,7 +58,7 @@ def export(arguments: Arguments) -> Path:
 
     Raises:
       FileNotFoundError: a run or the clips are missing.
-      ValueError: weights that do not fit the preset, clips of another one, or shares that make no mean.
+      ValueError: weights that do not fit the preset, clips of another one, or students that make no mean: their shares, schedules or steps.
     """
     config, folder = preset(arguments.config), arguments.root / arguments.config
     denoisers = arguments.denoiser or (best_run(folder, STUDENTS, "--denoiser"),)
