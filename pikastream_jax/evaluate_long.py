@@ -35,8 +35,6 @@ from pikastream_jax.streaming.generator import Generator, load_generator
 _CALIBRATION_PEOPLE = 24  # for the identity metric
 _TIMED_CHUNKS = 12  # of one stream, in turn with the other contestants
 _SPARE_SECONDS = 8.0  # of sound after the last mark: chunks end on their own grid, and a rolling stream is late
-
-
 _WAYS = ("schedule", "steps", "clean_pass")  # to run the same weights
 
 

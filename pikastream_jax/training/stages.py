@@ -7,7 +7,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from configs import preset
 from pikastream_jax.config import Config
 
 HandOver = Mapping[str, tuple[str, ...]]
@@ -110,7 +109,7 @@ def best_run(runs: Path, candidates: tuple[str, ...], flag: str) -> Path:
 
 
 def as_trained(config: Config, record: Mapping[str, Any], **stream: Any) -> Config:
-    """The preset, streaming in the schedule that a run of `dit_causal` was trained for.
+    """The configuration, streaming in the schedule that a run of `dit_causal` was trained for.
 
     Args:
       record: the run's config.json.
@@ -118,4 +117,5 @@ def as_trained(config: Config, record: Mapping[str, Any], **stream: Any) -> Conf
     """
     settings = record.get("config", {}).get("stage", {})
     schedule = settings.get("schedule") if isinstance(settings, dict) else None
-    return preset(config.name, **({} if schedule is None else {"schedule": schedule}) | stream)
+    changes = ({} if schedule is None else {"schedule": schedule}) | stream
+    return dataclasses.replace(config, stream=dataclasses.replace(config.stream, **changes))
