@@ -80,7 +80,7 @@ class Recipe:
     jobs: int = 1
     """Steps that run at once, each as soon as what it starts from is there; for a GPU, which one of the small presets' steps does not fill."""
     rehearse: bool = False
-    """Start all steps' processes at the beginning, and compile the programs of those whose turn is yet to come."""
+    """Compile the programs of steps whose turn is yet to come, and keep processes waiting for the next ones."""
 
 
 def main() -> int:

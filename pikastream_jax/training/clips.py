@@ -43,7 +43,7 @@ from pikastream_jax.training.innovations import Innovations, fit_innovations
 from pikastream_jax.training.losses import psnr, region_weights
 from pikastream_jax.training.records import Plan, Records, read_constants, read_record, write_records
 from pikastream_jax.training.settings import arguments_of
-from pikastream_jax.training.stages import FLASH_VAE, best_run
+from pikastream_jax.training.stages import ENCODERS, best_run
 from pikastream_jax.weights.safetensors_io import restore_into
 
 SPEECH = Path("data/speech_features.npz")
@@ -307,7 +307,7 @@ class Arguments:
     runs: Path | None = None
     """Folder of all runs, runs/CONFIG by default."""
     flash_vae: Path | None = None
-    """Run folder or .safetensors of FlashVAE; by default that of the adversarial stage, or else of the streaming one."""
+    """Run folder or .safetensors of FlashVAE; by default that of the streaming stage, whose encoder the adversarial one keeps."""
     out: Path | None = None
     """Folder to write; by default `clips` within the folder of all runs."""
     count: int = 1000
@@ -336,7 +336,7 @@ def main() -> int:
             if (value := getattr(arguments, name)) is not None and value < least:
                 raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
         runs = arguments.runs or Path("runs") / config.name
-        flash_vae = arguments.flash_vae or best_run(runs, FLASH_VAE, "--flash-vae")
+        flash_vae = arguments.flash_vae or best_run(runs, ENCODERS, "--flash-vae")
         folder = arguments.out or runs / "clips"
         model = functional(lambda rngs: FlashVAE(config.flash_vae, rngs=rngs))
         params = restore_into(model.abstract, load_weights(flash_vae, "flash_vae"))

@@ -227,7 +227,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         batches=lambda: batches("train", settings.batch, seed),
         config=record(config, settings),
         evaluate=lambda state: held_out(state.ema, data(), unseen()),
-        evaluate_every=100,
+        evaluate_every=settings.every(100),
         sample=draws,
         sample_every=150,
     )

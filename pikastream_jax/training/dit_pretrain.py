@@ -154,8 +154,8 @@ def flow_matching_stage(
         batches=lambda: windows(config, init["clips"], "train", settings.batch, settings.latent_frames, seed, curated=curated),
         config={"preset": config.name, "dit": dataclasses.asdict(config.dit), "stage": settings.record()},
         evaluate=lambda state: held_out(state.ema, data(), unseen()),
-        evaluate_every=200,
+        evaluate_every=settings.every(200),
         sample=sample,
-        sample_every=400,
+        sample_every=settings.every(400),
         frames=4 * settings.batch * settings.latent_frames,
     )

@@ -150,7 +150,7 @@ def build_stage(
         update=update,
         config=stage_record(config, settings),
         evaluate=lambda state: held_out.figures(reconstruct, state.ema),
-        evaluate_every=200,
+        evaluate_every=settings.every(200),
         sample=lambda state, path: held_out.draw(reconstruct, state.ema, path),
         sample_every=500,
     )

@@ -5,8 +5,8 @@ starts from. The recipe can be stopped anywhere and goes on with the same comman
 was cut short continues at its last checkpoint.
 
 On a fast device a stage of the small presets takes a minute, and its process as long again to start, trace and compile. So `--jobs 4` runs up to
-four steps at once, each as soon as all it may start from is there, and `--rehearse` starts every step's processes at the beginning: one does the
-step once in small (`rehearsal`), by which its programs come into JAX's compilation cache, and another waits for its turn.
+four steps at once, each as soon as all it may start from is there, and `--rehearse` does every step once in small beforehand, in a process that then
+ends (`rehearsal`), by which its programs come into JAX's compilation cache. The step itself finds a process that waits, with everything imported.
 """
 
 import dataclasses
@@ -23,10 +23,11 @@ from pikastream_jax.training.checkpoint import CHECKPOINTS
 from pikastream_jax.training.rehearsal import Rehearsals
 from pikastream_jax.training.settings import changed
 from pikastream_jax.training.signals import stop_on_signal
-from pikastream_jax.training.stages import FLASH_VAE, STAGES, TEACHERS
+from pikastream_jax.training.stages import ENCODERS, STAGES, TEACHERS
 from pikastream_jax.training.worker import COMPILED, Worker
 
 _POLL = 0.05  # seconds
+_SOON, _LATER = 20.0, 60.0  # seconds that must be left for a step to begin: for a stage whose programs are compiled, for any other
 
 # For programs that run for less time than it takes to tune them. XLA compiles every fusion with a sum or a transposition in it (half of an update's)
 # a second time by way of Triton, and every matrix product in many tilings, and keeps what is fastest on the card. Left to XLA's own kernels
@@ -90,8 +91,8 @@ RECIPE = (
     Step("face_reader", "face_estimator", ("--seed", "1")),
     Step("audio_pretrain", "audio_pretrain"),
     Step("vae_streaming", "vae_streaming"),
+    Step("clips", "pikastream_jax.training.clips", reads=ENCODERS, few=("--count", "32", "--held-out", "32")),
     Step("vae_adversarial", "vae_adversarial"),
-    Step("clips", "pikastream_jax.training.clips", reads=FLASH_VAE, few=("--count", "32", "--held-out", "32")),
     Step("latent_reader", "latent_reader"),
     Step("text_pretrain", "text_pretrain"),
     Step("dit_pretrain", "dit_pretrain"),
@@ -139,10 +140,10 @@ def run_recipe(
     """Runs the steps that are not complete, each once all is complete that comes before it and that it may start from.
 
     Args:
-      minutes: stop after about this long; the same command goes on. No step is begun in the last minute, and one that is no stage is not
-        cut short.
+      minutes: stop after about this long; the same command goes on. In the last minute only stages begin that have rehearsed, and a step that is
+        no stage is not cut short.
       jobs: steps at a time, the first of the recipe first.
-      rehearse: start the processes of all steps at once, and rehearse those whose turn is yet to come.
+      rehearse: rehearse the steps whose turn is yet to come, and keep as many processes waiting as may run at once.
       worker: starts a process of that niceness, which runs commands.
 
     Raises:
@@ -164,7 +165,7 @@ def run_recipe(
     with stop_on_signal() as asked:
         try:
             if rehearse:
-                course.rehearse(Rehearsals(config, runs, seed))
+                course.rehearsals = Rehearsals(config, runs, seed)
             while course.go_on(jobs, stopped=bool(asked)):
                 time.sleep(_POLL)
         finally:
@@ -180,18 +181,13 @@ class _Course:
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.left = [step for step in steps if not step.complete(config, runs)]
         self.running: dict[str, tuple[Step, Process, float]] = {}
-        self.waiting: dict[str, Process] = {}  # for their turn
+        self.waiting: list[Process] = []  # for the next steps
         self.rehearsals: Rehearsals | None = None
         self.rehearsing: dict[str, Process] = {}
         self.rehearsed: set[str] = set()
         self.spent: dict[str, float] = {}
         self.cut_short = False  # nothing new begins
         self.stopped = False
-
-    def rehearse(self, rehearsals: Rehearsals) -> None:
-        self.rehearsals = rehearsals
-        for step in self.left:
-            self.waiting[step.run] = self.worker(0)
 
     def go_on(self, jobs: int, stopped: bool) -> bool:
         """Takes note of what has ended and starts what can be started; whether anything runs.
@@ -219,8 +215,9 @@ class _Course:
                 process.stop()
         while len(self.running) < jobs and not self.cut_short and (step := self._next()):
             self._start(step)
-        if self.running and not self.cut_short:
-            self._rehearse_some()
+        if self.running and not self.cut_short and self.rehearsals is not None:
+            self._rehearse_some(self.rehearsals)
+            self.waiting += [self.worker(0) for _ in range(min(jobs, len(self.left)) - len(self.waiting))]
         return bool(self.running)
 
     def _next(self) -> Step | None:
@@ -228,22 +225,25 @@ class _Course:
         not_there = {step.run for step in self.left} | set(self.running)
         for number, step in enumerate(self.left):
             before = {other.run for other in self.steps[: self.steps.index(step)]}
-            if not step.starts_from & before & not_there:
-                if self.deadline is not None and self.deadline - time.monotonic() < 60:
-                    return None
+            if not step.starts_from & before & not_there and self._in_time(step):
                 return self.left.pop(number)
         return None
 
+    def _in_time(self, step: Step) -> bool:
+        """Whether something would come of the step before the deadline: a stage saves after any update, once its program is there."""
+        soon = step.is_stage and step.run in self.rehearsed
+        return self.deadline is None or self.deadline - time.monotonic() > (_SOON if soon else _LATER)
+
     def _start(self, step: Step) -> None:
         print(f"recipe: step {self.steps.index(step) + 1} of {len(self.steps)}, {step.run}", file=sys.stderr, flush=True)
-        process = self.waiting.pop(step.run, None) or self.worker(0)
+        process = self.waiting.pop(0) if self.waiting else self.worker(0)
         command = step.command(self.config, self.runs, self.seed)
         if step.is_stage and self.deadline is not None:
             command += ["--minutes", f"{(self.deadline - time.monotonic()) / 60:.2f}"]
         process.run(command)
         self.running[step.run] = step, process, time.monotonic()
 
-    def _rehearse_some(self) -> None:
+    def _rehearse_some(self, rehearsals: Rehearsals) -> None:
         """As many rehearsals at a time as half the cores: a compilation takes more than one.
 
         One whose step's turn has come goes on: what it makes is read by others, and an entry of the cache that is cut off in the middle would be
@@ -252,16 +252,16 @@ class _Course:
         for run in [run for run, process in self.rehearsing.items() if process.status() is not None]:
             self.rehearsing.pop(run).close()  # it would keep the device's memory
         for step in self.left:
-            if self.rehearsals is None or len(self.rehearsing) >= max(1, (os.cpu_count() or 1) // 2):
+            if len(self.rehearsing) >= max(1, (os.cpu_count() or 1) // 2):
                 return
-            if step.run not in self.rehearsed and self.rehearsals.possible(step):
+            if step.run not in self.rehearsed and rehearsals.possible(step):
                 self.rehearsed.add(step.run)
                 self.rehearsing[step.run] = self.worker(_NICE)
-                self.rehearsing[step.run].run(self.rehearsals.command(step))
+                self.rehearsing[step.run].run(rehearsals.command(step))
 
     def close(self) -> None:
         """Ends all processes, those of steps when they have saved."""
-        for process in (*self.waiting.values(), *self.rehearsing.values()):
+        for process in (*self.waiting, *self.rehearsing.values()):
             process.close()
         for _, process, _ in self.running.values():
             process.stop()

@@ -34,6 +34,10 @@ class StageSettings:
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema {self.ema} must lie in [0, 1)")
 
+    def every(self, least: int) -> int:
+        """Updates from one evaluation, or picture, to the next: `least`, but a tenth of a long run, since each holds the updates up."""
+        return max(least, self.updates // 10)
+
     def record(self) -> dict[str, Any]:
         """What a run is continued with: everything but its length."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "updates"}

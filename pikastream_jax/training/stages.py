@@ -55,6 +55,7 @@ class Entry:
 
 _PACKAGE = "pikastream_jax.training."
 FLASH_VAE = ("vae_adversarial", "vae_streaming")
+ENCODERS = FLASH_VAE[::-1]  # the adversarial stage leaves the encoder as it is, so clips need not wait for it
 _CLIPS = {"clips": ("clips",), "flash_vae": FLASH_VAE}
 _READER = {"reader": ("latent_reader",)}
 _REWARDS = {f"reward_{name}": (f"reward_{name}",) for name in ("identity", "lip_sync", "motion", "artifact")}

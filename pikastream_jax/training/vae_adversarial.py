@@ -192,7 +192,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         data=data,
         config={**stage_record(config, settings), "face_reader": reads},
         evaluate=lambda state: held_out.figures(reconstruct, state.ema),
-        evaluate_every=100,
+        evaluate_every=settings.every(100),
         sample=lambda state, path: held_out.draw(reconstruct, state.ema, path),
         sample_every=500,
     )

@@ -11,6 +11,8 @@ import threading
 import traceback
 from pathlib import Path
 
+import jax
+
 ROOT = Path(__file__).resolve().parents[2]  # where train.py is
 COMPILED = ROOT / ".cache" / "jax"  # where JAX keeps programs, if the user has named no other place: a resumed run starts sooner
 
@@ -18,7 +20,7 @@ COMPILED = ROOT / ".cache" / "jax"  # where JAX keeps programs, if the user has 
 class Worker:
     """Runs commands such as ["train.py", "dit_sft", ...] or ["-m", "pikastream_jax.training.clips", ...] in a process of its own.
 
-    It has imported what trains before the first command comes, and a second one finds the device set up and small programs compiled.
+    Before the first command comes it has imported what trains and set up the device, so no command may choose the devices (`--cpu-devices`).
     """
 
     def __init__(self, niceness: int = 0):
@@ -78,6 +80,7 @@ def _serve(commands: multiprocessing.connection.Connection, niceness: int) -> No
     os.nice(niceness)
     os.setpgrp()  # a terminal's Ctrl-C goes to who gives the commands, who decides what it means
     threading.Thread(target=_leave_with_parent, daemon=True).start()
+    jax.local_devices()
     while True:
         try:
             command = commands.recv()

@@ -165,6 +165,17 @@ def test_no_time_no_step(tmp_path):
     assert not machine.asked
 
 
+def test_in_the_last_minute_only_what_has_rehearsed_begins(tmp_path, monkeypatch):
+    """A stage whose programs are there comes to updates soon and saves them; what is no stage would not be cut short."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    steps = (Step("first", "toy"), Step("pairs", "some.module", reads=("first",)), Step("next", "toy"))
+    machine = Machine(slow={"first": 30})
+    monkeypatch.setattr(time, "monotonic", lambda: 30.0 if "first ends" in machine.log else 0.0)
+    run_recipe("nano", tmp_path, 0, 70 / 60, rehearse=True, steps=steps, worker=machine)
+    begun = [Path(command[command.index("--out") + 1]) for command in machine.asked]
+    assert [path.name for path in begun if path.parent == tmp_path] == ["first", "next"]
+
+
 def test_a_failure_names_the_step_and_what_is_done_stays(tmp_path):
     machine = Machine(fails="pairs", slow={"free": 99})
     with pytest.raises(ValueError, match="stopped at pairs .exit status 3.; the same command goes on"):
