@@ -229,7 +229,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         evaluate=lambda state: held_out(state.ema, data(), unseen()),
         evaluate_every=settings.every(100),
         sample=draws,
-        sample_every=150,
+        sample_every=300,
     )
 
 

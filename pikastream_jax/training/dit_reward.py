@@ -232,5 +232,5 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         evaluate=lambda state: held_out(state.ema, data(), held_out_windows())[0],
         evaluate_every=25,
         sample=sample,
-        sample_every=50,
+        sample_every=100,
     )

@@ -244,5 +244,5 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         evaluate=lambda state: read(state.ema, data(), held_out.windows())[0],
         evaluate_every=50,
         sample=sample,
-        sample_every=100,
+        sample_every=200,
     )

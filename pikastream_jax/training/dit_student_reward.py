@@ -172,5 +172,5 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         evaluate=lambda state: held_out(state.ema, data(), streams.windows())[0],
         evaluate_every=25,
         sample=sample,
-        sample_every=50,
+        sample_every=100,
     )

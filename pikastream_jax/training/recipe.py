@@ -48,6 +48,7 @@ class Step:
       stage: the stage that makes it, or the module to run with `python -m`.
       flags: what differs from the stage's defaults.
       reads: runs that a command which is no stage starts from; of a stage `STAGES` tells them.
+      without: of what the stage may take, the runs that it makes nothing of with these flags.
       few: flags by which such a command makes just enough to rehearse with.
     """
 
@@ -55,6 +56,7 @@ class Step:
     stage: str
     flags: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
     few: tuple[str, ...] = ()
 
     @property
@@ -67,7 +69,7 @@ class Step:
         if not self.is_stage:
             return set(self.reads)
         entry = STAGES[self.stage]
-        return {run for runs in (*entry.needs.values(), *entry.takes.values()) for run in runs}
+        return {run for runs in (*entry.needs.values(), *entry.takes.values()) for run in runs} - set(self.without)
 
     def command(self, config: str, runs: Path, seed: int) -> list[str]:
         """The command line, without the interpreter."""
@@ -106,7 +108,7 @@ RECIPE = (
     Step("dit_causal", "dit_causal"),
     Step("dit_self_forcing", "dit_self_forcing"),
     Step("dit_student_reward", "dit_student_reward"),
-    Step("dit_causal_rolling", "dit_causal", ("--objective", "data", "--schedule", "rolling", "--latent-frames", "18")),
+    Step("dit_causal_rolling", "dit_causal", ("--objective", "data", "--schedule", "rolling", "--latent-frames", "18"), without=("ode_pairs",)),
 )
 
 
@@ -184,6 +186,7 @@ class _Course:
         self.waiting: list[Process] = []  # for the next steps
         self.rehearsals: Rehearsals | None = None
         self.rehearsing: dict[str, Process] = {}
+        self.begun: set[str] = set()  # rehearsals
         self.rehearsed: set[str] = set()
         self.spent: dict[str, float] = {}
         self.cut_short = False  # nothing new begins
@@ -250,12 +253,15 @@ class _Course:
         of no use to anybody.
         """
         for run in [run for run, process in self.rehearsing.items() if process.status() is not None]:
-            self.rehearsing.pop(run).close()  # it would keep the device's memory
+            process = self.rehearsing.pop(run)
+            if process.status() == 0:
+                self.rehearsed.add(run)
+            process.close()  # it would keep the device's memory
         for step in self.left:
             if len(self.rehearsing) >= max(1, (os.cpu_count() or 1) // 2):
                 return
-            if step.run not in self.rehearsed and rehearsals.possible(step):
-                self.rehearsed.add(step.run)
+            if step.run not in self.begun and rehearsals.possible(step):
+                self.begun.add(step.run)
                 self.rehearsing[step.run] = self.worker(_NICE)
                 self.rehearsing[step.run].run(rehearsals.command(step))
 

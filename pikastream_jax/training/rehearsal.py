@@ -64,7 +64,7 @@ class Rehearsals:
     def _taken(self, step: "Step") -> list[str]:
         """What the recipe hands over to a stage."""
         entry, always = STAGES[step.stage], stage_init(self._config).get(step.stage, {})
-        return [name for name, runs in {**entry.needs, **entry.takes}.items() if runs or name in always]
+        return [name for name, runs in {**entry.needs, **entry.takes}.items() if set(runs) - set(step.without) or name in always]
 
     def _source(self, name: str) -> Path:
         return self._record(_RECORDS[name]) if name in _RECORDS else self._weights[name]
