@@ -1,7 +1,9 @@
-"""How the DiT's blocks follow one another: written out, as it is served, or scanned over stacked weights, as large models are trained.
+"""How the DiT's blocks follow one another: written out, as it is served; traced once, as small models are trained; or scanned over stacked weights,
+as large ones are.
 
-A scan compiles one block instead of all, and keeps for the backward pass what its policy says. On a GPU it copies each block's weights out
-of the stack in every iteration, which is why serving writes the blocks out.
+Blocks traced once compile to the same program as blocks written out, and are traced and lowered in half the time (an update of self-forcing, `tiny`,
+on one core: 12 seconds instead of 23). But each layer's part is cut out of caches before the block reads it, which is why serving writes the blocks out.
+A scan also compiles one block instead of all. On a GPU it copies each block's weights out of the stack in every iteration.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,12 +35,19 @@ class ScannedBlocks(nnx.Module):
         self.block = nnx.merge(nnx.graphdef(blocks[0]), jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
 
 
-def run_blocks(blocks: Sequence[DiTBlock] | ScannedBlocks, body: Body, x: Any, layers: PyTree, rematerialise: str) -> tuple[Any, PyTree]:
+class BlocksTracedOnce(nnx.Module):
+    """Blocks that differ in their parameters' values alone."""
+
+    def __init__(self, blocks: Sequence[DiTBlock]):
+        self.blocks = nnx.List(blocks)
+
+
+def run_blocks(blocks: Sequence[DiTBlock] | BlocksTracedOnce | ScannedBlocks, body: Body, x: Any, layers: PyTree, rematerialise: str) -> tuple[Any, PyTree]:
     """`x` through `body` for one block after another.
 
     Args:
       layers: arrays [layers, ...]: what each layer has of its own beside its parameters.
-      rematerialise: a name of `REMATERIALISE`.
+      rematerialise: a name of `REMATERIALISE`; of no effect on blocks that are written out.
 
     Returns:
       The last x, and what the layers gave back, stacked.
@@ -49,16 +58,24 @@ def run_blocks(blocks: Sequence[DiTBlock] | ScannedBlocks, body: Body, x: Any, l
             return function
         return jax.checkpoint(function, policy=REMATERIALISE[rematerialise], prevent_cse=not scanned)
 
-    if isinstance(blocks, ScannedBlocks):
-        graph, state = nnx.split(blocks.block)
-
+    def any_layer(graph: nnx.GraphDef) -> Callable:
         def step(x, own):
             parameters, layer = own
             return body(nnx.merge(graph, parameters), x, jax.tree.map(lambda leaf: leaf[None], layer), 0)
 
-        return jax.lax.scan(kept(step, True), x, (state, layers))
+        return step
+
+    if isinstance(blocks, ScannedBlocks):
+        graph, state = nnx.split(blocks.block)
+        return jax.lax.scan(kept(any_layer(graph), True), x, (state, layers))
     results = []
-    for layer, block in enumerate(blocks):
-        x, result = kept(lambda x, layer=layer, block=block: body(block, x, layers, layer), False)(x)
-        results.append(result)
+    if isinstance(blocks, BlocksTracedOnce):
+        step = jax.jit(kept(any_layer(nnx.graphdef(blocks.blocks[0])), False))
+        for layer, block in enumerate(blocks.blocks):
+            x, result = step(x, (nnx.state(block), jax.tree.map(lambda leaf, layer=layer: leaf[layer], layers)))
+            results.append(result)
+    else:
+        for layer, block in enumerate(blocks):
+            x, result = body(block, x, layers, layer)
+            results.append(result)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from pikastream_jax.dit.layers import REMATERIALISE, ScannedBlocks
+from pikastream_jax.dit.layers import REMATERIALISE, BlocksTracedOnce, ScannedBlocks
 from pikastream_jax.nn.layers import Functional, Params
 from pikastream_jax.streaming.step import Models
 
@@ -31,7 +31,7 @@ class Form:
     precision: Precision = "float32"
     """Of weights and activations in the forward and backward pass; the weights that are kept are float32."""
     layers: Layers = "unrolled"
-    """The DiT's blocks written out, or scanned, which compiles one instead of all."""
+    """The DiT's blocks one after another, or scanned, which compiles one instead of all."""
     rematerialise: Rematerialise = "none"
     """What the DiT's blocks keep for the backward pass: everything, products with weights ("dots"), or their input alone ("full"); the rest is
     computed again."""
@@ -53,8 +53,7 @@ class TrainingForm(Functional):
         module = super().bind(in_precision(params, self.form.precision))
         if "dit" in self.abstract:
             module.dit.rematerialise = self.form.rematerialise
-            if self.form.layers == "scan":
-                module.dit.blocks = ScannedBlocks(module.dit.blocks)
+            module.dit.blocks = (ScannedBlocks if self.form.layers == "scan" else BlocksTracedOnce)(module.dit.blocks)
         return module
 
 

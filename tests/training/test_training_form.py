@@ -1,4 +1,4 @@
-"""A model scanned, rematerialised or in bfloat16 against the one that is written out in float32."""
+"""A model traced once, scanned, rematerialised or in bfloat16 against the one that is written out in float32, as it is served."""
 
 import dataclasses
 import functools
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pikastream_jax.dit.block import DiTBlock
 from pikastream_jax.dit.model import KeysValues
 from pikastream_jax.training.training_form import Form, training_form
 from pikastream_jax.weights.safetensors_io import flatten
@@ -18,9 +19,10 @@ ROWS, COLUMNS = CONFIG.latent_grid
 BATCH, FRAMES = 2, 4
 
 
-def loss(form: Form, params, key):
+def loss(form: Form | None, params, key):
     """Takes every path of the DiT that training takes: a sequence in two copies, and a chunk that reads a cache and gives back keys and values."""
-    denoiser = training_form(small_models(CONFIG)[0].denoiser, form).bind(params)
+    served = small_models(CONFIG)[0].denoiser
+    denoiser = (served if form is None else training_form(served, form)).bind(params)
     draw = functools.partial(jax.random.normal, key)
     tokens = jnp.array([[[1, 5, 9, 0, 0, 0]]] * BATCH)
     text, valid = denoiser.text_conditions(tokens, jnp.full((BATCH, 1), 3))
@@ -55,7 +57,7 @@ def loss(form: Form, params, key):
 
 
 @functools.cache
-def result(form: Form):
+def result(form: Form | None):
     params = small_models(CONFIG)[1].denoiser
     (value, (sequence, own)), gradient = jax.jit(jax.value_and_grad(functools.partial(loss, form), has_aux=True))(params, jax.random.key(3))
     return value, sequence, own, flatten(gradient)
@@ -64,13 +66,14 @@ def result(form: Form):
 @pytest.mark.parametrize(
     "form",
     [
+        pytest.param(Form(), id="traced once"),
         pytest.param(Form(layers="scan", rematerialise="full"), id="scan"),
-        pytest.param(Form(rematerialise="dots"), id="unrolled", marks=pytest.mark.slow),
+        pytest.param(Form(rematerialise="dots"), id="rematerialised", marks=pytest.mark.slow),
     ],
 )
 def test_the_form_changes_no_number(form):
     value, sequence, own, gradient = result(form)
-    expected_value, expected_sequence, expected_own, expected = result(Form())
+    expected_value, expected_sequence, expected_own, expected = result(None)
     assert float(value) == pytest.approx(float(expected_value), rel=1e-5)
     np.testing.assert_allclose(sequence, expected_sequence, atol=2e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), own, expected_own)
@@ -80,10 +83,20 @@ def test_the_form_changes_no_number(form):
         np.testing.assert_allclose(gradient[name], leaf, atol=1e-5 * np.abs(leaf).max() + 1e-8, err_msg=name)
 
 
+@pytest.mark.parametrize(("form", "times"), [(None, CONFIG.dit.blocks), (Form(), 1), (Form(layers="scan"), 1)], ids=str)
+def test_blocks_are_traced_once_in_training(form, times, monkeypatch):
+    """For each of the three ways through them; a program of many passes is else traced for longer than it trains."""
+    traced = []
+    whole = DiTBlock.__call__
+    monkeypatch.setattr(DiTBlock, "__call__", lambda *given: traced.append(1) or whole(*given))
+    jax.eval_shape(functools.partial(loss, form), small_models(CONFIG)[1].denoiser, jax.random.key(3))
+    assert CONFIG.dit.blocks > 1 and len(traced) == 3 * times
+
+
 def test_bfloat16_computes_low_and_keeps_high():
     """Random weights, whose errors nothing damps: the gradient points the same way; it comes out in float32."""
     value, sequence, own, gradient = result(Form(precision="bfloat16", layers="scan", rematerialise="full"))
-    _, expected_sequence, _, expected = result(Form())
+    _, expected_sequence, _, expected = result(None)
     assert own.k.dtype == jnp.bfloat16 and sequence.dtype == jnp.float32
     assert {leaf.dtype for leaf in gradient.values()} == {jnp.dtype(jnp.float32)}
     assert np.abs(sequence - expected_sequence).mean() < 0.03 * np.abs(expected_sequence).mean()
