@@ -93,9 +93,10 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
 
 
 def flow_matching_stage(
-    config: Config, name: str, seed: int, init: dict[str, Path], settings: Settings, *, curated: bool = False
+    config: Config, name: str, seed: int, init: dict[str, Path], settings: Settings, *, curated: bool = False, crop: float = CROP
 ) -> Stage:
-    """Flow matching on clips, on the best of them alone where they are `curated`; held-out figures are always of all held-out clips."""
+    """Flow matching on clips, on the best of them alone where they are `curated`, and on a part of the picture (`prepare_batch`). Held-out figures are
+    always of all held-out clips and whole pictures."""
 
     def build_model(rngs):
         return Denoiser(config, rngs=rngs)
@@ -120,7 +121,7 @@ def flow_matching_stage(
 
     def update(state: TrainState, key: Array, data: dict, batch: ClipWindows) -> tuple[TrainState, dict]:
         k_data, k_loss = jax.random.split(key)
-        rows = split_batch(prepare_batch(config, data, batch, k_data, crop=CROP))
+        rows = split_batch(prepare_batch(config, data, batch, k_data, crop=crop))
         gradient, parts = mean_gradient(losses, settings.accumulate)(state.params, rows, k_loss, data["reader"])
         return state.descend(gradient, optimiser, settings.ema), parts
 

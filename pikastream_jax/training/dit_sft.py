@@ -1,7 +1,10 @@
-"""Supervised fine-tuning: the loss of the pre-training on the best quarter of the clips, at a lower rate and with a longer average.
+"""Supervised fine-tuning: the loss of the pre-training on the best quarter of the clips, at a lower rate and with a longer average, on whole pictures.
 
 What is best is measured when clips are made (`clips.MEASURES`): sharp through FlashVAE, a calm head that faces the viewer, a complete caption,
 clear speech. The published system keeps 2 of 10 million clips for this stage, by stricter thresholds on aesthetics and lip sync.
+
+All other stages of the DiT see parts of pictures, in which no two tokens are as far apart as the first and the last row are. What this one teaches of
+those distances, the later ones keep.
 """
 
 import dataclasses
@@ -25,4 +28,4 @@ class Settings(dit_pretrain.Settings):
 
 def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) -> Stage:
     """The stage. `init` names `clips`, `reader`, `flash_vae` (for pictures) and `denoiser`, the pre-trained model."""
-    return dit_pretrain.flow_matching_stage(config, "dit_sft", seed, init, settings, curated=True)
+    return dit_pretrain.flow_matching_stage(config, "dit_sft", seed, init, settings, curated=True, crop=1.0)

@@ -18,6 +18,7 @@ from pikastream_jax.training import (
     dit_data,
     dit_guidance,
     dit_pretrain,
+    dit_sft,
     latent_reader,
     two_copies,
 )
@@ -305,6 +306,21 @@ def test_a_quarter_of_the_pre_training_stands_at_pure_noise(teacher, monkeypatch
     assert pure.sum() == 6
     assert 0.5 < np.median(t[~pure]) < 0.9 and (t[~pure] > 0).all() and (t[~pure] < 1).all()
     assert abs(np.corrcoef(x[pure].ravel(), clean[pure].ravel())[0, 1]) < 0.1, "nothing of the clip is left in the noise"
+
+
+@pytest.mark.parametrize(("stage_module", "part"), [(dit_pretrain, dit_data.CROP), (dit_sft, 1.0)], ids=["pretrain", "sft"])
+def test_fine_tuning_sees_whole_pictures(stage_module, part, teacher, monkeypatch):
+    """Else no stage of the recipe ever shows the DiT two tokens as far apart as the picture's first and last row are."""
+    seen = []
+
+    def prepare(*given, crop, **others):
+        seen.append(crop)
+        return dit_data.prepare_batch(*given, crop=crop, **others)
+
+    monkeypatch.setattr(dit_pretrain, "prepare_batch", prepare)
+    stage = stage_module.build(CONFIG, 0, {"denoiser": teacher}, stage_module.Settings(batch=4, latent_frames=3))
+    jax.eval_shape(stage.update, stage.init(), jax.random.key(0), *learnable(4, 3))
+    assert seen == [part] and part <= 1
 
 
 def test_what_the_conditions_are_worth(held_out):
