@@ -15,4 +15,4 @@ def to_uint8(pictures: Float[np.ndarray, "*b"]) -> np.ndarray:
 def save_rows(path: Path, rows: list[Float[np.ndarray, "n h w 3"]]) -> None:
     """Writes rows of pictures in [-1, 1], one above the other, as one PNG."""
     sheet = np.concatenate([np.concatenate(list(to_uint8(row)), axis=1) for row in rows], axis=0)
-    Image.fromarray(sheet).save(path, compress_level=1)  # six times as fast as the default
+    Image.fromarray(sheet).save(path, compress_level=1)  # in a third of the time of the default, for a fifth more bytes

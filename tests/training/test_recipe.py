@@ -262,6 +262,8 @@ def test_a_rehearsal_waits_for_the_records_that_it_reads(tmp_path):
     assert not rehearsals.possible(steps["dit_pretrain"]) and rehearsals.possible(steps["reward_identity"])
     (tmp_path / "rehearsal" / "clips").mkdir()
     assert rehearsals.possible(steps["dit_pretrain"]) and not rehearsals.possible(steps["dit_causal"])
+    assert rehearsals.possible(steps["dit_causal_rolling"]), "it is trained on clips and makes nothing of trajectories"
+    assert "pairs=" not in " ".join(rehearsals.command(steps["dit_causal_rolling"]))
     assert f"--clips {tmp_path / 'rehearsal' / 'clips'}" in " ".join(rehearsals.command(steps["ode_pairs"]))
     (tmp_path / "ode_pairs").mkdir()
     assert rehearsals.possible(steps["dit_causal"]), "the recipe's own serve as well: no rehearsal makes them again"
