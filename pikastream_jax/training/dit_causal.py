@@ -40,7 +40,7 @@ from pikastream_jax.training.previews import save_preview
 from pikastream_jax.training.roll_out import cropped
 from pikastream_jax.training.rolling import pass_count, random_sizes, rolling_losses
 from pikastream_jax.training.settings import DiTSettings, Optimiser, StageSettings
-from pikastream_jax.training.training_form import training_form
+from pikastream_jax.training.training_form import training_form, training_models
 from pikastream_jax.training.two_copies import (
     Trajectory,
     causal_losses,
@@ -191,7 +191,8 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         b, f = rows.latents.shape[:2]
         if config.stream.rolling:
             size = random_sizes(k_chunks, config.stream, b) if train else jnp.full(b, largest)
-            return rolling_losses(cropped(config, CROP) if train else config, params, rows, k_loss, size, told)
+            models = training_models(Models.of(cropped(config, CROP) if train else config), settings.form)
+            return rolling_losses(models, params, rows, k_loss, size, told)
         chunk_ids = sequence_chunks(config, k_chunks, b, f, train)
         if ode:  # a causal teacher's chunks are as it solved them
             chunk_ids = jnp.where(solved[:, None] > 0, jnp.arange(f) // jnp.maximum(solved[:, None], 1), chunk_ids)

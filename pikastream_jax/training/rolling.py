@@ -97,7 +97,7 @@ def remember(config: Config, state: StreamState, own: KeysValues, size: Int[Arra
 
 
 def rolling_passes(
-    config: Config,
+    models: Models,
     params: Params,
     batch: DiTBatch,
     noise: Float[Array, "b f r c z"],
@@ -107,14 +107,14 @@ def rolling_passes(
     """All passes of whole sequences, from an empty window on.
 
     Args:
-      config: of the picture's part that the batch shows, with the rolling schedule.
+      models: as they are trained, on the picture's part that the batch shows, with the rolling schedule.
       size: each row's chunk, one of `chunk_sizes`.
       judge: (what a pass shows, the velocity there) -> what is kept of it.
 
     Returns:
       What `judge` kept, passes along a new first axis.
     """
-    stream, models = config.stream, Models.of(config)
+    config, stream = models.config, models.config.stream
     denoiser = models.denoiser.bind(params)
     text, valid = denoiser.text_conditions(batch.tokens, batch.valid, batch.frame_prompt)
     conditions = denoiser.conditions(text, valid, batch.mel, batch.motion, batch.keep_audio)
@@ -148,7 +148,7 @@ def rolling_passes(
 
 
 def rolling_losses(
-    config: Config, params: Params, batch: DiTBatch, key: Array, size: Int[Array, "b"], reader: LatentReader
+    models: Models, params: Params, batch: DiTBatch, key: Array, size: Int[Array, "b"], reader: LatentReader
 ) -> dict[str, Float[Array, ""]]:
     """Of all that is in flight in all passes: `loss`, the velocity error of flow matching, and what `misreading` gives."""
     noise = jax.random.normal(key, batch.latents.shape)
@@ -158,4 +158,4 @@ def rolling_losses(
         value = weighted_velocity_loss(velocity, shown.noise - rows.latents, rows.weight)
         return {"loss": value} | misreading(reader, rows, velocity, shown.noise, shown.t)
 
-    return jax.tree.map(jnp.mean, rolling_passes(config, params, batch, noise, size, judge))
+    return jax.tree.map(jnp.mean, rolling_passes(models, params, batch, noise, size, judge))

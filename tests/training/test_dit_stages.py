@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import types
 
 import jax
@@ -25,6 +26,7 @@ from pikastream_jax.training import (
 from pikastream_jax.training.latent_reader import EXPRESSION, Said, reader_model
 from pikastream_jax.training.mesh import replicate
 from pikastream_jax.training.optimiser import OptimiserConfig
+from pikastream_jax.training.training_form import Form
 from pikastream_jax.weights import safetensors_io
 from tests.small import randomised, small_config, small_models
 
@@ -321,6 +323,18 @@ def test_fine_tuning_sees_whole_pictures(stage_module, part, teacher, monkeypatc
     stage = stage_module.build(CONFIG, 0, {"denoiser": teacher}, stage_module.Settings(batch=4, latent_frames=3))
     jax.eval_shape(stage.update, stage.init(), jax.random.key(0), *learnable(4, 3))
     assert seen == [part] and part <= 1
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "rolling"])
+def test_the_form_reaches_every_schedule(schedule, teacher):
+    """In bfloat16 no product of the scanned blocks is in float32; what `--precision` and `--layers` say is not passed over."""
+    config = small_config(steps=2)
+    form = Form("bfloat16", "scan", "full")
+    settings = dit_causal.Settings(batch=2, latent_frames=8, objective="data", schedule=schedule, form=form)
+    stage = dit_causal.build(config, 0, {"denoiser": teacher}, settings)
+    program = jax.jit(stage.update).lower(jax.eval_shape(stage.init), jax.random.key(0), *learnable(2, 8)).as_text()
+    blocks, width = config.dit.blocks, config.dit.mlp_dim
+    assert re.search(rf"tensor<{blocks}x\d+x{width}xbf16>", program), "stacked for a scan, in the form's precision"
 
 
 def test_what_the_conditions_are_worth(held_out):

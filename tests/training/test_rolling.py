@@ -105,7 +105,7 @@ def test_a_pass_is_the_engines():
     @jax.jit
     def trained(params):
         size = jnp.full(BATCH, chunk)
-        return rolling_passes(CONFIG, params, batch, noise, size, lambda shown, velocity: velocity)
+        return rolling_passes(models, params, batch, noise, size, lambda shown, velocity: velocity)
 
     @jax.jit
     def engine(params):
@@ -129,7 +129,7 @@ def test_a_pass_is_the_engines():
 
 def test_losses_by_hand():
     """Rows of other chunk sizes, a reader that reads the mean; against the passes' velocities in NumPy."""
-    _, params = small_models(CONFIG)
+    models, params = small_models(CONFIG)
     batch, size, key = batch_of(), jnp.array([2, 1]), jax.random.key(3)
 
     def reader(latents, boxes, truth):
@@ -137,9 +137,9 @@ def test_losses_by_hand():
         return Said(jnp.broadcast_to(mean, (*latents.shape[:2], READINGS)), jnp.broadcast_to(mean, (*latents.shape[:2], 4)))
 
     noise = jax.random.normal(key, batch.latents.shape)
-    run = jax.jit(functools.partial(rolling_passes, CONFIG, judge=lambda shown, velocity: (shown, velocity)))
+    run = jax.jit(functools.partial(rolling_passes, models, judge=lambda shown, velocity: (shown, velocity)))
     shown, velocity = run(params.denoiser, batch, noise, size)
-    parts = jax.jit(lambda params: rolling_losses(CONFIG, params, batch, key, size, reader))(params.denoiser)
+    parts = jax.jit(lambda params: rolling_losses(models, params, batch, key, size, reader))(params.denoiser)
     losses, misread, closures = [], [], []
     for number in range(3):
         for row in range(BATCH):
@@ -161,7 +161,7 @@ def test_losses_by_hand():
 
 def test_gradient_reaches_the_weights_but_not_through_the_cache():
     """A loss on the last pass alone moves the reference's part of the network, and is deaf to what the first pass was shown but for its keys."""
-    _, params = small_models(CONFIG)
+    models, params = small_models(CONFIG)
     batch = batch_of()
     noise = jax.random.normal(jax.random.key(1), batch.latents.shape)
 
@@ -169,7 +169,7 @@ def test_gradient_reaches_the_weights_but_not_through_the_cache():
     def gradient(params, reference, noise):
         def last(reference, noise):
             given = dataclasses.replace(batch, reference=reference)
-            return jnp.sum(rolling_passes(CONFIG, params, given, noise, jnp.full(BATCH, 2), lambda shown, velocity: velocity)[2] ** 2)
+            return jnp.sum(rolling_passes(models, params, given, noise, jnp.full(BATCH, 2), lambda shown, velocity: velocity)[2] ** 2)
 
         return jax.grad(last, argnums=(0, 1))(reference, noise)
 
