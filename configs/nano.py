@@ -42,11 +42,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reward_motion": {"updates": 250, "batch": 8, "latent_frames": 8},
     "reward_artifact": {"updates": 300},
     "dit_reward": {"updates": 40, "batch": 2},
-    "ode_pairs": {"count": 240, "held_out": 24, "steps": 16},
-    "dit_causal": {"updates": 300},
-    "dit_self_forcing": {"updates": 100, "batch": 4, "critic_updates": 3},
+    "ode_pairs": {"count": 160, "held_out": 24, "steps": 16},
+    "dit_causal": {"updates": 300, "batch": 4},
+    "dit_self_forcing": {"updates": 100, "batch": 3, "critic_updates": 3},
     "dit_student_reward": {"updates": 40, "batch": 2},
 }
 
 # What a step of the recipe has of its own beside that: half the sequences of an update in the sequential schedule, which then takes as long.
-FLAGS = {"dit_causal_rolling": ("--batch", "3")}
+FLAGS = {"dit_causal_rolling": ("--batch", "2")}

@@ -28,11 +28,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reward_motion": {"updates": 250, "batch": 24, "clips": 512},
     "reward_artifact": {"updates": 1_000, "batch": 16, "clips": 2_048},
     "dit_reward": {"updates": 160, "batch": 8, "weights": _REWARDS, "data": 2.0},
-    "ode_pairs": {"count": 2_560, "steps": 12, "text": 2.5, "audio": 1.5, "reference": 1.7, "batch": 64, "shard": 256},
-    "dit_causal": {"updates": 1_200, "batch": 16},
-    "dit_self_forcing": {"updates": 400, "batch": 16, "critic_updates": 4, "data": 0.3},
+    "ode_pairs": {"count": 1_920, "steps": 12, "text": 2.5, "audio": 1.5, "reference": 1.7, "batch": 64, "shard": 256},
+    "dit_causal": {"updates": 1_200, "batch": 12},
+    "dit_self_forcing": {"updates": 400, "batch": 12, "critic_updates": 4, "data": 0.3},
     "dit_student_reward": {"updates": 200, "batch": 8, "weights": _REWARDS, "data": 2.5},
 }
 
 # What a step of the recipe has of its own beside that: half the sequences of an update in the sequential schedule, which then takes as long.
-FLAGS = {"dit_causal_rolling": ("--batch", "8")}
+FLAGS = {"dit_causal_rolling": ("--batch", "6")}

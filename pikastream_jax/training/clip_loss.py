@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from pikastream_jax.config import Config
 from pikastream_jax.nn.layers import Functional, Params
 from pikastream_jax.training import dit_causal, dit_pretrain
-from pikastream_jax.training.dit_data import CROP, ClipWindows, DiTBatch, prepare_batch, text_kept
+from pikastream_jax.training.dit_data import ClipWindows, DiTBatch, prepare_batch, text_kept
 from pikastream_jax.training.latent_reader import reader_model
 from pikastream_jax.training.loop import Metrics
 from pikastream_jax.training.mesh import split_batch
@@ -44,9 +44,9 @@ def students_loss(
 
 
 def training_rows(config: Config, data: dict, batch: ClipWindows, key: Array) -> tuple[DiTBatch, Array]:
-    """Windows as those stages see them, augmented, cropped and with conditions dropped; and a key for what else their losses draw."""
+    """Windows as those stages see them, augmented and with conditions dropped; and a key for what else their losses draw."""
     k_rows, k_loss = jax.random.split(key)
-    return split_batch(prepare_batch(config, data, batch, k_rows, crop=CROP)), k_loss
+    return split_batch(prepare_batch(config, data, batch, k_rows)), k_loss
 
 
 def _reported(value: Float[Array, ""], parts: Metrics) -> tuple[Float[Array, ""], Metrics]:

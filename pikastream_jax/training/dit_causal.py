@@ -23,7 +23,6 @@ from pikastream_jax.streaming.state import init_state, install_reference
 from pikastream_jax.streaming.step import Models, denoise_chunk
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.dit_data import (
-    CROP,
     ClipWindows,
     DiTBatch,
     clip_constants,
@@ -37,7 +36,6 @@ from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.ode_pairs import Pairs, pair_batches, prepare_pairs
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.training.previews import save_preview
-from pikastream_jax.training.roll_out import cropped
 from pikastream_jax.training.rolling import pass_count, random_sizes, rolling_losses
 from pikastream_jax.training.settings import DiTSettings, Optimiser, StageSettings
 from pikastream_jax.training.training_form import training_form, training_models
@@ -179,19 +177,18 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         return causal_losses(config, model, params, rows, copies, told)
 
     def of_batch(params: Params, data: dict, batch: ClipWindows | Pairs, key: Array, train: bool) -> dict[str, Float[Array, ""]]:
-        """The objective's losses of a batch as it lies on the disk; held-out ones with the stream's own chunks and whole pictures."""
+        """The objective's losses of a batch as it lies on the disk; held-out ones with the stream's own chunks."""
         k_rows, k_chunks, k_loss = jax.random.split(key, 3)
         told = reader.bind(data["reader"])
         if ode:
             rows, trajectory, solved = prepare_pairs(config, data, batch, k_rows, train=train)
         else:
-            part = {"crop": CROP} if train else {}
-            rows, trajectory = prepare_batch(config, data, batch, k_rows, train=train, **part), None
+            rows, trajectory = prepare_batch(config, data, batch, k_rows, train=train), None
         rows = split_batch(rows) if train else rows
         b, f = rows.latents.shape[:2]
         if config.stream.rolling:
             size = random_sizes(k_chunks, config.stream, b) if train else jnp.full(b, largest)
-            models = training_models(Models.of(cropped(config, CROP) if train else config), settings.form)
+            models = training_models(Models.of(config), settings.form)
             return rolling_losses(models, params, rows, k_loss, size, told)
         chunk_ids = sequence_chunks(config, k_chunks, b, f, train)
         if ode:  # a causal teacher's chunks are as it solved them

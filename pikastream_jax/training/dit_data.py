@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import grain
 
 REGION_WEIGHTS = (5.0, 1.5)  # what the boxes of mouth and eyes add to a latent's weight of 1: they are small and they matter
-CROP = 0.75  # share of the picture's sides that is trained on; faces stand in the middle, so any such part holds nearly all that is hard
+CROP = 0.75  # share of the picture's sides that is pre-trained on; faces stand in the middle, so any such part holds nearly all that is hard
 DROP = 0.1  # share of rows that lose text, audio or reference, each on its own
 SHORT = 0.3  # share of captions that are cut at a comma: people write "a woman smiling" and no more
 CURATED = 0.25  # share of the clips that are the best, see `clips.quality`

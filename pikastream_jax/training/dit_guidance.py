@@ -19,7 +19,6 @@ from pikastream_jax.nn.layers import Functional, Params, functional
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.dit_causal import record, sampler
 from pikastream_jax.training.dit_data import (
-    CROP,
     ClipWindows,
     DiTBatch,
     clip_constants,
@@ -77,7 +76,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
 
     def update(state: TrainState, key: Array, data: dict, batch: ClipWindows) -> tuple[TrainState, dict]:
         k_data, k_chunks, k_loss = jax.random.split(key, 3)
-        rows = split_batch(prepare_batch(config, data, batch, k_data, crop=CROP))
+        rows = split_batch(prepare_batch(config, data, batch, k_data))
         chunk_ids = random_chunks(k_chunks, settings.batch, settings.latent_frames, config.stream.chunk)
         value, gradient = jax.value_and_grad(lambda params: error(text_kept(params), data["guide"], rows, k_loss, chunk_ids))(state.params)
         return state.descend(gradient, optimiser, settings.ema), {"loss": value}

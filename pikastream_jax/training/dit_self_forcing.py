@@ -27,7 +27,7 @@ from pikastream_jax.streaming.step import Models
 from pikastream_jax.training import dit_causal
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.clip_loss import students_loss, training_rows
-from pikastream_jax.training.dit_data import CROP, DiTBatch, clip_constants, prepare_batch, text_kept, windows
+from pikastream_jax.training.dit_data import DiTBatch, clip_constants, prepare_batch, text_kept, windows
 from pikastream_jax.training.dmd import counted_mean, matching_gradient, matching_loss, score_timesteps
 from pikastream_jax.training.held_out_streams import HeldOutStreams
 from pikastream_jax.training.latent_reader import load_reader, reader_model, reading_error
@@ -35,7 +35,7 @@ from pikastream_jax.training.loop import Metrics, Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.training.previews import save_preview
-from pikastream_jax.training.roll_out import Script, check_evictions, cropped, in_sequence, roll_out, with_swaps
+from pikastream_jax.training.roll_out import Script, check_evictions, in_sequence, roll_out, with_swaps
 from pikastream_jax.training.sampling import Guidance, bidirectional_velocity, guided
 from pikastream_jax.training.settings import Optimiser, RemindedSettings
 from pikastream_jax.training.training_form import training_form, training_models
@@ -151,8 +151,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
       ValueError: lengths that are no roll-out, or networks that do not fit one another.
     """
     check_evictions(config, settings.latent_frames, settings.judged)
-    part = cropped(config, CROP)
-    models = training_models(Models.of(part), settings.form)
+    models = training_models(Models.of(config), settings.form)
     teacher = training_form(score_model(config, settings.teacher), settings.form)
     critic = training_form(score_model(config, settings.critic or settings.teacher), settings.form)
     if critic.abstract != teacher.abstract and "critic" not in init:
@@ -169,7 +168,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
 
     def update(state: TrainState, key: Array, data: dict, batch: dict) -> tuple[TrainState, Metrics]:
         k_rows, k_swap, k_noise, k_exit, k_t, k_score, k_critic, k_clips = jax.random.split(key, 8)
-        rows = split_batch(prepare_batch(config, data, batch, k_rows, drop=0.0, crop=CROP))
+        rows = split_batch(prepare_batch(config, data, batch, k_rows, drop=0.0))
         script = Script.of(rows, config.stream.chunk)
         script = with_swaps(script, rows.other_reference, k_swap, script.prompt.shape[1] - 1)
         told, counts = script.last(settings.judged, rows)

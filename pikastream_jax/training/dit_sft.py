@@ -3,8 +3,7 @@
 What is best is measured when clips are made (`clips.MEASURES`): sharp through FlashVAE, a calm head that faces the viewer, a complete caption,
 clear speech. The published system keeps 2 of 10 million clips for this stage, by stricter thresholds on aesthetics and lip sync.
 
-The other stages that learn from clips or trajectories see parts of pictures, in which no two tokens are as far apart as the first and the last row are:
-what the DiT knows of such distances it has from here.
+`dit_pretrain` sees parts of pictures, in which no two tokens are as far apart as the first and the last row are: those distances are learned from here on.
 """
 
 import dataclasses

@@ -9,7 +9,7 @@ future explains, which a causal student cannot follow. `causal` (Causal-Forcing)
 (`train.py dit_causal --objective data --timesteps all`), and every chunk is solved after the true latents before it, as in its training. All
 chunks of a window are then solved at once, as the query copy beside the context copy.
 
-The folder holds parts of the picture, as the stages train on. The same command again goes on where it was stopped.
+The same command again goes on where it was stopped.
 """
 
 import dataclasses
@@ -32,9 +32,8 @@ from pikastream_jax.dit import Denoiser
 from pikastream_jax.nn.layers import Functional, Params, functional
 from pikastream_jax.training.checkpoint import load_weights
 from pikastream_jax.training.clips import digest
-from pikastream_jax.training.dit_data import CROP, ClipWindows, DiTBatch, clip_constants, prepare_batch, windows
+from pikastream_jax.training.dit_data import ClipWindows, DiTBatch, clip_constants, prepare_batch, windows
 from pikastream_jax.training.records import Plan, Record, Records, read_record, write_records
-from pikastream_jax.training.roll_out import cropped
 from pikastream_jax.training.sampling import Guidance, euler, guided, refined_timesteps, sample_teacher
 from pikastream_jax.training.settings import arguments_of
 from pikastream_jax.training.stages import TEACHERS, best_run
@@ -52,7 +51,7 @@ TEACHER_RUNS = {"bidirectional": TEACHERS, "causal": ("dit_causal_teacher",)}
 class Pairs:
     """Trajectories as they lie on the disk, with the conditions that they followed."""
 
-    windows: ClipWindows  # of a part of the picture; `latents` are the true ones
+    windows: ClipWindows  # `latents` are the true ones
     states: Float16[np.ndarray, "b s f r c z"]  # at the student's timesteps and at 0
     motion: Float[np.ndarray, "b f k"]  # what was told of it: partly drawn, so it cannot be drawn again
     chunk: Int[np.ndarray, "b"]  # latent frames that were solved together, after true ones; 0 where it was the whole window
@@ -148,9 +147,9 @@ def pair_maker(
     @functools.partial(jax.jit, static_argnames="train")
     def one(params, data, batch, key, train):
         k_rows, k_solve = jax.random.split(key)
-        rows = prepare_batch(config, data, batch, k_rows, train=False, crop=CROP)
+        rows = prepare_batch(config, data, batch, k_rows, train=False)
         # Some prompts are short, as in the other stages.
-        rows = dataclasses.replace(rows, valid=prepare_batch(config, data, batch, k_rows, train=train, drop=0.0, crop=CROP).valid)
+        rows = dataclasses.replace(rows, valid=prepare_batch(config, data, batch, k_rows, train=train, drop=0.0).valid)
         states, chunk = solve(config, model, params, rows, k_solve, settings)
         part = dataclasses.replace(batch, latents=rows.latents, reference=rows.reference, boxes=rows.boxes, valid=rows.valid)
         return Pairs(part, jnp.moveaxis(states, 0, 1), rows.motion, chunk)
@@ -184,7 +183,7 @@ def pair_batches(config: Config, folder: Path, split: str, batch: int, seed: int
       seed: of the order in each round; None for the order on the disk.
 
     Raises:
-      ValueError: they were made for another preset or another student's timesteps. See also `Records`.
+      ValueError: they were made for another preset, of parts of the picture, or for another student's timesteps. See also `Records`.
     """
     import grain
 
@@ -192,9 +191,9 @@ def pair_batches(config: Config, folder: Path, split: str, batch: int, seed: int
     records = Records(folder, split, [*inner, "states", "motion", "chunk"])
     made_with = read_record(folder)["made_with"]
     times = solver_timesteps(config.stream.steps, config.stream.shift).tolist()
-    for name, wanted in (("config", config.name), ("timesteps", times)):
-        if made_with[name] != wanted:
-            raise ValueError(f"{folder}: trajectories of {name} {made_with[name]}, the student's is {wanted}: make them anew")
+    for name, wanted in (("config", config.name), ("latent_grid", list(config.latent_grid)), ("timesteps", times)):
+        if (found := made_with.get(name, "unknown")) != wanted:
+            raise ValueError(f"{folder}: trajectories of {name} {found}, the student's is {wanted}: make them anew")
 
     def gathered(rows: list[Record]) -> Pairs:
         stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
@@ -213,14 +212,12 @@ def prepare_pairs(
     No condition is dropped: the trajectory was guided by all of them.
 
     Args:
-      config: the whole picture's.
       data: has `clip_constants`.
       train: augment the sound, which does not change where the trajectory ends.
     """
     k_rows, k_context = jax.random.split(key)
-    part = cropped(config, CROP)
-    rows = prepare_batch(part, data, pairs.windows, k_rows, train=False)
-    mel = prepare_batch(part, data, pairs.windows, k_rows, train=train).mel
+    rows = prepare_batch(config, data, pairs.windows, k_rows, train=False)
+    mel = prepare_batch(config, data, pairs.windows, k_rows, train=train).mel
     states = jnp.moveaxis(pairs.states.astype(jnp.float32), 1, 0)
     # A causal teacher's chunks were solved after true latents. Otherwise the context is what the student's last step starts from.
     t = jnp.full(rows.latents.shape[:2], solver_timesteps(config.stream.steps, config.stream.shift)[-2])
@@ -242,6 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
         about = ("kind", "latent_frames", "steps", "text", "audio", "reference", "batch", "seed")
         made_with = {name: getattr(settings, name) for name in about} | {
             "config": config.name,
+            "latent_grid": list(config.latent_grid),
             "timesteps": solver_timesteps(config.stream.steps, config.stream.shift).tolist(),
             "teacher": digest(*jax.tree.leaves(params)),
             "clips": read_record(clips)["made_with"],

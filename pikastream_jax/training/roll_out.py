@@ -11,7 +11,6 @@ stream without `clean_pass` does.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import jax
@@ -241,10 +240,3 @@ def check_evictions(config: Config, frames: int, judged: int) -> None:
             f"a roll-out of {frames} latent frames, {judged} of them judged, with a window of {stream.window} and a sink of {stream.sink}: "
             f"use {needed} or more, so that eviction is trained, and judge {stream.chunk} or more"
         )
-
-
-def cropped(config: Config, share: float) -> Config:
-    """The same models on a part of the picture, `share` of its sides in whole tokens, as `prepare_batch` crops it."""
-    token = config.dit.patch * config.flash_vae.spatial_stride
-    height, width = (token * math.ceil(share * tokens) for tokens in config.token_grid)
-    return dataclasses.replace(config, stream=dataclasses.replace(config.stream, height=height, width=width))

@@ -310,18 +310,24 @@ def test_a_quarter_of_the_pre_training_stands_at_pure_noise(teacher, monkeypatch
     assert abs(np.corrcoef(x[pure].ravel(), clean[pure].ravel())[0, 1]) < 0.1, "nothing of the clip is left in the noise"
 
 
-@pytest.mark.parametrize(("stage_module", "part"), [(dit_pretrain, dit_data.CROP), (dit_sft, 1.0)], ids=["pretrain", "sft"])
-def test_fine_tuning_sees_whole_pictures(stage_module, part, teacher, monkeypatch):
-    """Else no stage of the recipe ever shows the DiT two tokens as far apart as the picture's first and last row are."""
+@pytest.mark.parametrize(
+    ("stage_module", "others", "part"),
+    [(dit_pretrain, {}, dit_data.CROP), (dit_sft, {}, 1.0), (dit_causal, {"objective": "data"}, 1.0), (dit_guidance, {}, 1.0)],
+    ids=["pretrain", "sft", "causal", "guidance"],
+)
+def test_only_the_pre_training_sees_parts_of_pictures(stage_module, others, part, teacher, monkeypatch):
+    """Else nothing shows the DiT two tokens as far apart as the picture's first and last row are, or what it learned of them is forgotten."""
     seen = []
 
-    def prepare(*given, crop, **others):
+    def prepare(*given, crop=1.0, **named):
         seen.append(crop)
-        return dit_data.prepare_batch(*given, crop=crop, **others)
+        return dit_data.prepare_batch(*given, crop=crop, **named)
 
-    monkeypatch.setattr(dit_pretrain, "prepare_batch", prepare)
-    stage = stage_module.build(CONFIG, 0, {"denoiser": teacher}, stage_module.Settings(batch=4, latent_frames=3))
-    jax.eval_shape(stage.update, stage.init(), jax.random.key(0), *learnable(4, 3))
+    for module in (dit_pretrain, dit_causal, dit_guidance):
+        monkeypatch.setattr(module, "prepare_batch", prepare)
+    stage = stage_module.build(CONFIG, 0, {"denoiser": teacher}, stage_module.Settings(batch=4, latent_frames=3, **others))
+    data, batch = learnable(4, 3)
+    jax.eval_shape(stage.update, stage.init(), jax.random.key(0), data | {"guide": stage.init().params}, batch)
     assert seen == [part] and part <= 1
 
 

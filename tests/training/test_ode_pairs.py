@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +113,7 @@ def test_pairs_come_back_as_they_were_solved(pairs):
     batch = ode_pairs.pair_batches(CONFIG, pairs, "held_out", 2, None)[0]
     prepare = jax.jit(functools.partial(ode_pairs.prepare_pairs, CONFIG, train=False))
     rows, trajectory, chunk = prepare(coded_constants(CONFIG) | {}, batch, jax.random.key(0))
+    assert rows.latents.shape[2:4] == CONFIG.latent_grid, "whole pictures"
     np.testing.assert_allclose(rows.latents, batch.states[:, -1].astype(np.float32))
     np.testing.assert_allclose(trajectory.states, np.moveaxis(batch.states, 1, 0).astype(np.float32))
     np.testing.assert_allclose(trajectory.context, batch.states[:, -2].astype(np.float32), err_msg="where the last step starts")
@@ -118,6 +121,16 @@ def test_pairs_come_back_as_they_were_solved(pairs):
     other = dataclasses.replace(CONFIG, stream=dataclasses.replace(CONFIG.stream, shift=3.0))
     with pytest.raises(ValueError, match="trajectories of timesteps .* the student's is .*: make them anew"):
         ode_pairs.pair_batches(other, pairs, "train", 2, 0)
+
+
+def test_trajectories_of_parts_of_pictures_are_refused(pairs, tmp_path):
+    """As they were once made; a student would learn from them without a word, and draw the outer rows wrongly."""
+    folder = shutil.copytree(pairs, tmp_path / "pairs")
+    told = json.loads((folder / "record.json").read_text())
+    del told["made_with"]["latent_grid"]
+    (folder / "record.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match="trajectories of latent_grid unknown, the student's is .*: make them anew"):
+        ode_pairs.pair_batches(CONFIG, folder, "train", 2, 0)
 
 
 def test_a_causal_teacher_is_given_true_latents_before_each_chunk_alone():

@@ -11,7 +11,7 @@ from coded_clips import coded_batch, coded_constants, write_coded
 from pikastream_jax.diffusion.flow import solver_timesteps
 from pikastream_jax.rewards import REWARDS, Rewards
 from pikastream_jax.training import dit_causal, dit_pretrain, dit_reward, dit_student_reward
-from pikastream_jax.training.dit_data import CROP, prepare_batch, text_kept
+from pikastream_jax.training.dit_data import prepare_batch, text_kept
 from pikastream_jax.training.latent_reader import reader_model
 from pikastream_jax.training.loop import TrainState
 from pikastream_jax.training.mesh import replicate
@@ -113,7 +113,7 @@ def test_the_gradient_is_that_of_the_rewards_and_of_the_clips(init, module, sett
 
     @jax.jit
     def alone(params, data, batch):
-        rows = prepare_batch(CONFIG, data, batch, k_rows, train=True, crop=CROP)
+        rows = prepare_batch(CONFIG, data, batch, k_rows, train=True)
         reader = reader_model(CONFIG).bind(data["reader"])
         model = small_models(CONFIG)[0].denoiser
         return jax.grad(lambda params: of_clips(model, text_kept(params), rows, k_loss, reader), has_aux=True)(params)

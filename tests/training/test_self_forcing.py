@@ -9,7 +9,7 @@ import pytest
 from coded_clips import write_coded
 
 from pikastream_jax.training import dit_causal, dit_self_forcing
-from pikastream_jax.training.dit_data import CROP, prepare_batch, text_kept
+from pikastream_jax.training.dit_data import prepare_batch, text_kept
 from pikastream_jax.training.dmd import TIMESTEPS
 from pikastream_jax.training.latent_reader import reader_model
 from pikastream_jax.training.loop import TrainState
@@ -119,7 +119,7 @@ def test_clips_beside_the_teacher(init, monkeypatch):
 
     @jax.jit
     def alone(params, data, batch):
-        rows = prepare_batch(CONFIG, data, batch, k_rows, train=True, crop=CROP)
+        rows = prepare_batch(CONFIG, data, batch, k_rows, train=True)
         model, reader = small_models(CONFIG)[0].denoiser, reader_model(CONFIG).bind(data["reader"])
         asked = dit_causal.Settings(objective="data")
         return jax.grad(lambda params: dit_causal.teacher_forcing_loss(CONFIG, model, text_kept(params), rows, k_loss, reader, asked, train=True)[0])(params)
