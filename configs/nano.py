@@ -40,7 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reward_identity": {"updates": 500},
     "reward_lip_sync": {"updates": 300},
     "reward_motion": {"updates": 250, "batch": 8, "latent_frames": 8},
-    "reward_artifact": {"updates": 300},
+    "reward_artifact": {"updates": 450},
     "dit_reward": {"updates": 40, "batch": 2},
     "ode_pairs": {"count": 160, "held_out": 24, "steps": 16},
     "dit_causal": {"updates": 300, "batch": 4},

@@ -22,10 +22,16 @@ def _blur(key: Array, strength: Array, video: Video) -> Video:
 
 
 def _blocks(key: Array, strength: Array, video: Video) -> Video:
-    """An offset per 8x8 patch, another one in every frame."""
+    """An offset per patch of 8x8 or per token of 16x16, another one in every frame or the same in all."""
     t, h, w, c = video.shape
-    offset = jax.random.normal(key, (t, -(-h // 8), -(-w // 8), c))
-    return video + 0.15 * strength * offset.repeat(8, axis=1).repeat(8, axis=2)[:, :h, :w]
+    k_offset, k_side, k_still = jax.random.split(key, 3)
+
+    def offset(side):
+        each = jax.random.normal(k_offset, (t, -(-h // side), -(-w // side), c))
+        return each.repeat(side, axis=1).repeat(side, axis=2)[:, :h, :w]
+
+    moving = jnp.where(jax.random.bernoulli(k_side), offset(8), offset(16))
+    return video + 0.15 * strength * jnp.where(jax.random.bernoulli(k_still), moving[:1], moving)
 
 
 def _tint(key: Array, strength: Array, video: Video) -> Video:
@@ -65,11 +71,18 @@ def _warp(key: Array, strength: Array, video: Video) -> Video:
 
 
 def _grid(key: Array, strength: Array, video: Video) -> Video:
-    """A pattern with the period of a patch, 4 or 8 pixels, as badly trained upsampling leaves it."""
-    k_period, k_color = jax.random.split(key)
-    period = jnp.where(jax.random.bernoulli(k_period), 4.0, 8.0)
-    y, x = jnp.arange(video.shape[1])[:, None], jnp.arange(video.shape[2])[None, :]
-    pattern = jnp.cos(2 * np.pi * y / period) * jnp.cos(2 * np.pi * x / period)
+    """One pattern in every patch or token, with a period of 4, 8 or 16 pixels, as badly trained upsampling leaves it, and a DiT that climbs a reward."""
+    k_period, k_shares, k_phase, k_color = jax.random.split(key, 4)
+    period = jax.random.choice(k_period, jnp.array([4.0, 8.0, 16.0]))
+    # Standing waves of up to two periods each way; a mean square of 1/4 whatever was drawn.
+    phase = jax.random.uniform(k_phase, (2, 3, 1), maxval=2 * np.pi)
+    rows, columns = (
+        jnp.cos(2 * np.pi * jnp.arange(3)[:, None] * jnp.arange(side) / period + at)
+        for side, at in zip(video.shape[1:3], phase, strict=True)
+    )
+    pattern = rows.T @ jax.random.normal(k_shares, (3, 3)) @ columns
+    pattern = pattern - pattern.mean()
+    pattern = 0.5 * pattern / jnp.sqrt(jnp.mean(pattern**2))
     color = 1 + 0.3 * jax.random.normal(k_color, (3,))
     return video + 0.2 * strength * pattern[..., None] * color
 

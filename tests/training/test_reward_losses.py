@@ -120,6 +120,23 @@ def test_damage_grows_with_strength_and_is_none_at_zero():
     np.testing.assert_allclose(jnp.linalg.norm(tint, axis=-1), 0.03, rtol=1e-3)
 
 
+def test_blocks_and_grids_have_the_sizes_of_patches_and_tokens():
+    """Offsets of 8x8 or 16x16 pixels, moving or still; patterns that repeat after 4, 8 or 16, as strong whichever was drawn."""
+    video, names = jnp.zeros((4, 64, 64, 3)), list(DAMAGES)
+    apply = jax.jit(damage)
+    sides, periods, still = set(), set(), set()
+    for seed in range(24):
+        blocks, grid = (np.asarray(apply(jax.random.key(seed), names.index(name), 0.5, video)) for name in ("blocks", "grid"))
+        side = 16 if np.ptp(blocks.reshape(4, 4, 16, 4, 16, 3), axis=(2, 4)).max() == 0 else 8
+        sides.add(side)
+        assert np.ptp(blocks.reshape(4, 64 // side, side, 64 // side, side, 3), axis=(2, 4)).max() == 0 < np.ptp(blocks, axis=(1, 2)).min()
+        still.add(bool((blocks == blocks[:1]).all()))
+        shifts = [p for p in (4, 8, 16) if np.allclose(grid[:, p:, p:], grid[:, :-p, :-p], atol=1e-5)]
+        periods.add(shifts[0])
+        assert (grid == grid[:1]).all() and 0.015 < np.sqrt((grid**2).mean()) < 0.12
+    assert sides == {8, 16} and periods == {4, 8, 16} and still == {False, True}
+
+
 def test_artifact_losses_by_hand():
     error = reward_artifact.strength_error(jnp.array([0.1, 0.5]), jnp.array([0.1, 0.2]))
     assert float(error) == pytest.approx((np.sqrt(0.09 + 4e-4) - 0.02) / 2, rel=1e-4)
