@@ -29,6 +29,7 @@ from pikastream_jax.training.checkpoint import CHECKPOINTS, Checkpoints
 from pikastream_jax.training.failure import keep_failure
 from pikastream_jax.training.mesh import make_mesh, placed, put, put_batch, replicate, replicated
 from pikastream_jax.training.metrics import METRICS_FILE, MetricsFile, convergence_verdict
+from pikastream_jax.training.only_writer import only_writer
 from pikastream_jax.training.optimiser import ema_update, gradient_norms
 from pikastream_jax.training.prefetch import Prefetch
 from pikastream_jax.training.processes import any_process, gather, is_first, on_one_device, on_the_host, passing_folder
@@ -161,14 +162,15 @@ def run(
       The state after the last update of this stretch.
 
     Raises:
-      ValueError: the folder holds another stage, seed or configuration, or the mesh divides neither model nor batch.
+      ValueError: the folder holds another stage, seed or configuration, another process trains in it, or the mesh divides neither model nor batch.
       NonFiniteError: see there. The folder's checkpoints are all finite.
       OSError: the folder cannot be written, or the disk is full. What was saved before is whole.
     """
     for name, value in {"minutes": minutes, "steps": steps, "log_every": log_every}.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be above 0, got {value}")
-    with stop_on_signal() as stop_request:
+    # Of several processes that train together the first one writes.
+    with only_writer(out_dir) if is_first() else contextlib.nullcontext(), stop_on_signal() as stop_request:
         stretch = _Stretch(stage, Path(out_dir), log_every, keep, make_mesh() if mesh is None else mesh)
         try:
             with jax.set_mesh(stretch.mesh):

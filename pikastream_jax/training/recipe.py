@@ -20,6 +20,7 @@ from typing import Protocol
 
 from configs import left_out, preset, stage_settings, step_flags
 from pikastream_jax.training.checkpoint import CHECKPOINTS
+from pikastream_jax.training.only_writer import only_writer
 from pikastream_jax.training.rehearsal import Rehearsals
 from pikastream_jax.training.settings import changed
 from pikastream_jax.training.signals import stop_on_signal
@@ -149,7 +150,7 @@ def run_recipe(
       worker: starts a process of that niceness, which runs commands.
 
     Raises:
-      ValueError: no such preset, no job at a time, or a step failed; the steps beside it are asked to save and leave.
+      ValueError: no such preset, no job at a time, another process runs a recipe there, or a step failed; the steps beside it are asked to save and leave.
     """
     preset(config)
     if jobs < 1:
@@ -164,7 +165,7 @@ def run_recipe(
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # of small programs there are many
     steps = [step for step in steps if step.run not in left_out(config)]
     course = _Course(config, runs, seed, minutes, steps, worker)
-    with stop_on_signal() as asked:
+    with only_writer(runs), stop_on_signal() as asked:
         try:
             if rehearse:
                 course.rehearsals = Rehearsals(config, runs, seed)

@@ -21,6 +21,8 @@ from typing import Any, SupportsIndex
 import ml_dtypes  # noqa: F401 (NumPy learns the name bfloat16)
 import numpy as np
 
+from pikastream_jax.training.only_writer import only_writer
+
 RECORD, CONSTANTS = "record.json", "constants.npz"
 FORMAT = 1
 Record = dict[str, np.ndarray]
@@ -68,7 +70,7 @@ def write_records(
       conclude: (function that opens a split) -> arrays for `constants.npz`, once all records are written.
 
     Raises:
-      ValueError: the folder, or the unfinished work beside it, is of another plan; or records whose fields differ.
+      ValueError: the folder, or the unfinished work beside it, is of another plan, or another process is at it; or records whose fields differ.
       OSError: the disk is full or not writable. Whole shards are kept for the next try.
     """
     folder = Path(folder)
@@ -76,7 +78,12 @@ def write_records(
     if folder.exists():
         _check_same(plan, _read_json(folder), folder, "holds other records")
         return
-    partial.mkdir(parents=True, exist_ok=True)
+    with only_writer(partial):
+        _write_missing(partial, plan, make, conclude)
+        os.rename(partial, folder)
+
+
+def _write_missing(partial: Path, plan: Plan, make: Callable, conclude: Callable | None) -> None:
     record = plan.as_json()
     if (partial / RECORD).exists():
         before = _read_json(partial)
@@ -98,7 +105,6 @@ def write_records(
     constants = {} if conclude is None else dict(conclude(lambda split: Records(partial, split)))
     with _told(partial / CONSTANTS):
         np.savez(partial / CONSTANTS, **constants)
-    os.rename(partial, folder)
 
 
 class Records:
