@@ -7,7 +7,6 @@ trajectories are a handful, and a stage makes one update, one evaluation and one
 import functools
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -21,10 +20,8 @@ from pikastream_jax.rewards import REWARDS
 from pikastream_jax.rewards.scoring import reward_model
 from pikastream_jax.training.latent_reader import LatentReader
 from pikastream_jax.training.stages import STAGES
+from pikastream_jax.training.steps import Step
 from pikastream_jax.weights.safetensors_io import save
-
-if TYPE_CHECKING:
-    from pikastream_jax.training.recipe import Step
 
 _RECORDS = {"clips": "clips", "pairs": "ode_pairs"}  # what no stage makes, by the name under which stages take it
 _DENOISERS = ("denoiser", "teacher", "audio", "text")  # the encoders are looked for within one
@@ -46,11 +43,11 @@ class Rehearsals:
     def close(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def possible(self, step: "Step") -> bool:
+    def possible(self, step: Step) -> bool:
         """Whether the records that the step reads are there."""
         return all(self._record(run).exists() for run in step.starts_from & set(_RECORDS.values()))
 
-    def command(self, step: "Step") -> list[str]:
+    def command(self, step: Step) -> list[str]:
         """The step's command line in small."""
         command = [*step.command(self._config, self._folder, self._seed), *step.few]
         if not step.is_stage:
@@ -61,7 +58,7 @@ class Rehearsals:
         init = {name: self._source(name) for name in self._taken(step)}
         return [*command, "--rehearse", *(["--init", *(f"{name}={path}" for name, path in init.items())] if init else [])]
 
-    def _taken(self, step: "Step") -> list[str]:
+    def _taken(self, step: Step) -> list[str]:
         """What the recipe hands over to a stage."""
         entry, always = STAGES[step.stage], stage_init(self._config).get(step.stage, {})
         return [name for name, runs in {**entry.needs, **entry.takes}.items() if set(runs) - set(step.without) or name in always]

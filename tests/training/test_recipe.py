@@ -18,9 +18,10 @@ from configs import preset
 from pikastream_jax.flash_vae import FlashVAE
 from pikastream_jax.nn.layers import functional
 from pikastream_jax.training.checkpoint import load_weights
-from pikastream_jax.training.recipe import RECIPE, Step, run_recipe
+from pikastream_jax.training.recipe import run_recipe
 from pikastream_jax.training.rehearsal import Rehearsals
 from pikastream_jax.training.stages import STAGES, Entry
+from pikastream_jax.training.steps import RECIPE, Step
 from pikastream_jax.weights.safetensors_io import restore_into
 
 ROOT = Path(train.__file__).resolve().parent
