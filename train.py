@@ -14,6 +14,7 @@ import tyro
 from configs import preset, stage_init, stage_settings
 from pikastream_jax.training.loop import NonFiniteError, rehearse, run
 from pikastream_jax.training.mesh import make_mesh
+from pikastream_jax.training.origins import origins
 from pikastream_jax.training.processes import Processes
 from pikastream_jax.training.recipe import run_recipe
 from pikastream_jax.training.replay import replay
@@ -128,6 +129,7 @@ def _train(name: str, entry: Entry, flags: list[str]) -> None:
     mesh = make_mesh(how.fsdp, how.sequence)
     init = entry.hand_over(name, stage_init(how.config).get(name, {}) | parse_init(how.init), how.runs_folder)
     stage = module.build(config, how.seed, init, told.settings)
+    stage = dataclasses.replace(stage, config=stage.config | {"init": origins(init)})
     folder = how.out or how.runs_folder / ("rehearsal" if how.rehearse else "") / name
     if how.replay:
         print(replay(stage, folder))

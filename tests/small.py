@@ -41,6 +41,11 @@ def small_config(**stream) -> Config:
     )
 
 
+def copied(tree):
+    """A copy of every leaf in memory of its own: an update may take it."""
+    return jax.tree.map(jnp.array, tree)
+
+
 def randomised(abstract: Params, seed: int) -> Params:
     """Every parameter drawn anew, gates and zero-initialised heads included; scales stay near 1 to keep signals alive."""
 

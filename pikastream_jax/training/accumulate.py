@@ -4,12 +4,15 @@ One update stays one update: its batch, its key, its place in the schedule and i
 run's position is still its step number. (`optax.MultiSteps` would spread an update over several steps of the loop instead.)
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
+
+from pikastream_jax.nn.placement import ROWS, axis_sizes
 
 Losses = Callable[..., tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
 
@@ -30,7 +33,7 @@ def mean_gradient(losses: Losses, slices: int) -> Callable[..., tuple[PyTree[Arr
       its own; the metrics are the slices' means.
 
     Raises:
-      ValueError: `slices` is below 1, or (when called) does not divide the batch.
+      ValueError: `slices` is below 1, or (when called) does not divide the batch so that the devices divide a slice.
     """
     if slices < 1:
         raise ValueError(f"accumulate must be at least 1, got {slices}")
@@ -41,8 +44,11 @@ def mean_gradient(losses: Losses, slices: int) -> Callable[..., tuple[PyTree[Arr
     def mean(params: PyTree[Array], batch: PyTree[Array], key: Key[Array, ""], *rest: Any):
         def split(leaf):
             rows = leaf.shape[0]
-            if rows % slices:
-                raise ValueError(f"a batch of {rows} does not divide into {slices} slices: change batch or accumulate")
+            devices = math.prod(axis_sizes().get(axis, 1) for axis in ROWS)
+            if rows % (slices * devices):
+                raise ValueError(
+                    f"a batch of {rows} does not divide into {slices} slices, each split over {devices} device{'s' * (devices > 1)}: change batch or accumulate"
+                )
             return jnp.swapaxes(leaf.reshape(rows // slices, slices, *leaf.shape[1:]), 0, 1)
 
         def add(total, piece):

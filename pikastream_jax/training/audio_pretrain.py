@@ -117,10 +117,10 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         said = model.bind(params)(mel)
         return said, truth, readout_losses(*said, truth)
 
-    def evaluate(state: TrainState) -> dict[str, float]:
+    def evaluate(state: TrainState, data: dict) -> dict[str, float]:
         """Errors over the held-out human voice, correlation of every track, and F1 of closures as lip sync is measured."""
         start = corpus().starts("held_out", 1, config.audio.mel_frames)[:HELD_OUT]
-        (said, logit), truth, parts = jax.device_get(read(state.ema, data(), start))
+        (said, logit), truth, parts = jax.device_get(read(state.ema, data, start))
         loss = parts["tracks"] + settings.closures * parts["closures"]
         r = {f"r_{name}": float(np.corrcoef(said[..., i].ravel(), truth[..., i].ravel())[0, 1]) for i, name in enumerate(TRACKS)}
         f1 = {
@@ -139,7 +139,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         data=data,
         config={"preset": config.name, "audio": dataclasses.asdict(config.audio), "stage": settings.record()},
         evaluate=evaluate,
-        evaluate_every=250,
+        evaluate_every=settings.every(250),
     )
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 import tyro
 
+from pikastream_jax.training.processes import host_device
 from pikastream_jax.weights import safetensors_io
 
 CHECKPOINTS = "checkpoints"  # within a run folder
@@ -140,7 +141,8 @@ class Checkpoints:
                 f"checkpoint {self.path(step)} does not fit this stage: {'; '.join(problems)}. "
                 "Use the configuration it was made with, or another run folder."
             )
-        abstract = {name: _here(leaf) if leaf.sharding is None else leaf for name, leaf in wanted.items()}
+        here = jax.local_devices()[0]
+        abstract = {name: _on(here, leaf) if leaf.sharding is None else leaf for name, leaf in wanted.items()}
         with self._readable(step):
             loaded = self._checkpointer.load_checkpointables(step, {_STATE: abstract})[_STATE]
         return jax.tree.unflatten(jax.tree.structure(like), [loaded[name] for name in wanted])
@@ -152,7 +154,7 @@ class Checkpoints:
           ValueError: they cannot be read.
         """
         # ... stands for a leaf to leave on the disk.
-        abstract = {name: _here(leaf) if name.startswith("ema.") else ... for name, leaf in self._stored(step).items()}
+        abstract = {name: _on(host_device(), leaf) if name.startswith("ema.") else ... for name, leaf in self._stored(step).items()}
         with self._readable(step):
             loaded = jax.device_get(self._checkpointer.load_checkpointables(step, {_STATE: abstract})[_STATE])
         return safetensors_io.unflatten(
@@ -206,13 +208,29 @@ def load_weights(path: str | os.PathLike[str], part: str = "") -> safetensors_io
     if not path.is_dir():
         weights, header = safetensors_io.load(path)
         return weights[part] if part in weights and "pikastream" in header else weights
-    if not (path / CHECKPOINTS).is_dir():
-        raise FileNotFoundError(f"{path} is not a run folder: it has no {CHECKPOINTS}/")
-    checkpoints = Checkpoints(path / CHECKPOINTS, write=False)
+    with _newest(path) as (checkpoints, step):
+        return checkpoints.ema(step)
+
+
+def updates_done(run: str | os.PathLike[str]) -> int:
+    """Updates that a run folder's newest checkpoint has behind it.
+
+    Raises:
+      FileNotFoundError: it is no run folder, or has no checkpoint.
+    """
+    with _newest(Path(run)) as (_, step):
+        return step
+
+
+@contextlib.contextmanager
+def _newest(run: Path) -> Iterator[tuple[Checkpoints, int]]:
+    if not (run / CHECKPOINTS).is_dir():
+        raise FileNotFoundError(f"{run} is not a run folder: it has no {CHECKPOINTS}/")
+    checkpoints = Checkpoints(run / CHECKPOINTS, write=False)
     try:
-        if checkpoints.latest_step is None:
-            raise FileNotFoundError(f"{path} has no checkpoint yet: train it first")
-        return checkpoints.ema(checkpoints.latest_step)
+        if (step := checkpoints.latest_step) is None:
+            raise FileNotFoundError(f"{run} has no checkpoint yet: train it first")
+        yield checkpoints, step
     finally:
         checkpoints.close()
 
@@ -232,10 +250,9 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _here(leaf: Any) -> jax.ShapeDtypeStruct:
-    """How to load a leaf: on this process's first device, wherever the run that saved it had it."""
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+def _on(device: jax.Device, leaf: Any) -> jax.ShapeDtypeStruct:
+    """How to load a leaf: on that device, wherever the run that saved it had it."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding.SingleDeviceSharding(device))
 
 
 @dataclasses.dataclass(frozen=True)

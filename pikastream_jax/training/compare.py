@@ -127,7 +127,11 @@ def contestant(name: str, config: Config, folder: Path, steps: int, guidance: Gu
     models, sampler = _sampler(config if teacher else as_trained(config, record, **other), int(asked or steps) if teacher else None, guidance)
     params = restore_into(models.denoiser.abstract, load_weights(path, "denoiser"))
     way = {"weights": digest(*jax.tree.leaves(params))}
-    way |= {"steps": int(asked or steps), "guidance": dataclasses.asdict(guidance)} if teacher else {"stream": dataclasses.asdict(models.config.stream)}
+    if teacher:
+        way |= {"steps": int(asked or steps), "guidance": dataclasses.asdict(guidance)}
+        way |= {name: getattr(models.config.stream, name) for name in ("shift", "reference_distance")}
+    else:
+        way["stream"] = dataclasses.asdict(models.config.stream)
     return Contestant(name, models, params, sampler, teacher, way)
 
 
@@ -185,7 +189,10 @@ def judged(contestant: Contestant, judge: Judge, held_out: HeldOut, follows: dic
     with tqdm(total=held_out.plan.clips, desc=contestant.name, unit="clip", leave=False) as bar:
         found = judge.judge(held_out, contestant.sampler, contestant.params, bar.update)
     folder.mkdir(parents=True, exist_ok=True)
-    np.savez(path, follows_from=key, **found)
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("wb") as file:
+        np.savez(file, follows_from=key, **found)
+    unfinished.replace(path)  # whole or absent, whenever this is stopped
     return found
 
 

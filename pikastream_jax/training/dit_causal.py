@@ -33,7 +33,7 @@ from pikastream_jax.training.dit_data import (
 from pikastream_jax.training.latent_reader import LatentReader, check_closures, load_reader, reader_model
 from pikastream_jax.training.loop import Metrics, Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
-from pikastream_jax.training.ode_pairs import Pairs, pair_batches, prepare_pairs
+from pikastream_jax.training.ode_pairs import Pairs, check_same_clips, pair_batches, prepare_pairs
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.training.previews import save_preview
 from pikastream_jax.training.rolling import pass_count, random_sizes, rolling_losses
@@ -105,8 +105,8 @@ def sample_causal(
 
 
 def sampler(
-    config: Config, model: Functional, init: dict[str, Path], data: Callable[[], dict], unseen: Callable[[], ClipWindows]
-) -> Callable[[TrainState, Path], None]:
+    config: Config, model: Functional, init: dict[str, Path], unseen: Callable[[], ClipWindows]
+) -> Callable[[TrainState, dict, Path], None]:
     """Draws the roll-outs of the first four `unseen` clips under the truth; see `Stage.sample`."""
 
     @jax.jit
@@ -114,8 +114,8 @@ def sampler(
         rows = prepare_batch(config, data, jax.tree.map(lambda leaf: leaf[:4], batch), jax.random.key(0), train=False)
         return rows.latents, sample_causal(config, model, params, rows, jax.random.key(2))
 
-    def sample(state: TrainState, path: Path) -> None:
-        truth, generated = roll_out(state.ema, data(), unseen())
+    def sample(state: TrainState, data: dict, path: Path) -> None:
+        truth, generated = roll_out(state.ema, data, unseen())
         save_preview(config, init, path, np.asarray(truth), np.asarray(generated))
 
     return sample
@@ -152,11 +152,13 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
     `pairs`, trajectories of `ode_pairs`.
 
     Raises:
-      ValueError: no trajectories where they are asked for, or windows shorter than what is in flight.
+      ValueError: no trajectories where they are asked for, or of other clips; or windows shorter than what is in flight.
     """
     ode = settings.objective == "ode"
     if ode and "pairs" not in init:
         raise ValueError("objective ode needs trajectories: make them with `python -m pikastream_jax.training.ode_pairs`, or name them with --init pairs=PATH")
+    if ode:
+        check_same_clips(init["pairs"], init["clips"])
     config = dataclasses.replace(config, stream=dataclasses.replace(config.stream, schedule=settings.schedule))
     if config.stream.rolling:
         pass_count(config.stream, settings.latent_frames)
@@ -208,12 +210,11 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
             return pair_batches(config, init["pairs"], split, batch, seed)
         return windows(config, init["clips"], split, batch, settings.latent_frames, seed)
 
-    data = functools.cache(lambda: clip_constants(init["clips"]) | {"reader": load_reader(config, init["reader"])})
     unseen = functools.cache(lambda: batches("held_out", HELD_OUT, None)[0])
     held_out = jax.jit(lambda params, data, batch: of_batch(params, data, batch, jax.random.key(0), False))
     # A rolling stream's pictures come from the engine alone: here nothing fills its buffer.
     shown = functools.cache(lambda: windows(config, init["clips"], "held_out", 4, _whole_chunks(settings.latent_frames, largest), None)[0])
-    draws = None if config.stream.rolling else sampler(config, functional(lambda rngs: Denoiser(config, rngs=rngs)), init, data, shown)
+    draws = None if config.stream.rolling else sampler(config, functional(lambda rngs: Denoiser(config, rngs=rngs)), init, shown)
 
     return Stage(
         name="dit_causal",
@@ -221,10 +222,10 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         seed=seed,
         init=initial_state,
         update=update,
-        data=data,
+        data=lambda: clip_constants(init["clips"]) | {"reader": load_reader(config, init["reader"])},
         batches=lambda: batches("train", settings.batch, seed),
         config=record(config, settings),
-        evaluate=lambda state: held_out(state.ema, data(), unseen()),
+        evaluate=lambda state, data: held_out(state.ema, data, unseen()),
         evaluate_every=settings.every(100),
         sample=draws,
         sample_every=300,

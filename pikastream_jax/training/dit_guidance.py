@@ -30,6 +30,7 @@ from pikastream_jax.training.dit_data import (
 from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
+from pikastream_jax.training.processes import on_the_host
 from pikastream_jax.training.sampling import Guidance, guided
 from pikastream_jax.training.settings import DiTSettings, Optimiser
 from pikastream_jax.training.training_form import training_form
@@ -81,7 +82,9 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         value, gradient = jax.value_and_grad(lambda params: error(text_kept(params), data["guide"], rows, k_loss, chunk_ids))(state.params)
         return state.descend(gradient, optimiser, settings.ema), {"loss": value}
 
-    data = functools.cache(lambda: clip_constants(init["clips"]) | {"guide": weights("guide" if "guide" in init else "denoiser")})
+    def data() -> dict:
+        with on_the_host():
+            return clip_constants(init["clips"]) | {"guide": weights("guide" if "guide" in init else "denoiser")}
 
     unseen = functools.cache(lambda: windows(config, init["clips"], "held_out", 12, settings.latent_frames, None)[0])
 
@@ -100,8 +103,8 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         data=data,
         batches=lambda: windows(config, init["clips"], "train", settings.batch, settings.latent_frames, seed),
         config=record(config, settings),
-        evaluate=lambda state: held_out(state.ema, data(), unseen()),
-        evaluate_every=50,
-        sample=sampler(config, functional(lambda rngs: Denoiser(config, rngs=rngs)), init, data, unseen),
+        evaluate=lambda state, data: held_out(state.ema, data, unseen()),
+        evaluate_every=settings.every(50),
+        sample=sampler(config, functional(lambda rngs: Denoiser(config, rngs=rngs)), init, unseen),
         sample_every=100,
     )

@@ -53,12 +53,22 @@ class Settings(DiTSettings):
     closures: float = 0.1
     """Weight of the cross-entropy of closed lips, as the latent reader sees them."""
     pure_noise: float = 0.25
-    """Share of rows at t = 1, where the conditions alone tell what to draw and logit-normal timesteps hardly come."""
+    """Chance of a row to stand at t = 1, where the conditions alone tell what to draw and logit-normal timesteps hardly come."""
     optimiser: Optimiser = OptimiserConfig(learning_rate=3e-3, warmup_steps=50, decay="linear")
 
     def __post_init__(self):
         super().__post_init__()
         check_closures(self.closures)
+
+
+def timesteps(key: Array, rows: int, settings: Settings) -> Float[Array, " rows"]:
+    """Where each row is trained: pure noise by chance, else logit-normal.
+
+    By chance and not for so and so many of the rows, whose share would grow as a batch is taken in smaller slices.
+    """
+    k_pure, k_t = jax.random.split(key)
+    pure = jax.random.uniform(k_pure, (rows,)) < settings.pure_noise
+    return jnp.where(pure, 1.0, logit_normal_timesteps(k_t, (rows,), settings.shift))
 
 
 def flow_matching_loss(
@@ -67,9 +77,7 @@ def flow_matching_loss(
     """What an update lowers, by the timesteps and weights of `settings`; and its parts: `loss`, the velocity error, and what `misreading` gives."""
     k_t, k_noise, k_distance = jax.random.split(key, 3)
     b, f = batch.latents.shape[:2]
-    t = logit_normal_timesteps(k_t, (b, 1), settings.shift)
-    t = jnp.where(jnp.arange(b)[:, None] < settings.pure_noise * b, 1.0, t)
-    t = jnp.broadcast_to(t, (b, f))
+    t = jnp.broadcast_to(timesteps(k_t, b, settings)[:, None], (b, f))
     noise = jax.random.normal(k_noise, batch.latents.shape)
     distance = jax.random.randint(k_distance, (b,), 4, 31).astype(jnp.float32)
     x = interpolate(batch.latents, noise, t)
@@ -125,8 +133,6 @@ def flow_matching_stage(
         gradient, parts = mean_gradient(losses, settings.accumulate)(state.params, rows, k_loss, data["reader"])
         return state.descend(gradient, optimiser, settings.ema), parts
 
-    data = functools.cache(lambda: clip_constants(init["clips"]) | {"reader": load_reader(config, init["reader"])})
-
     unseen = functools.cache(lambda: windows(config, init["clips"], "held_out", 24, settings.latent_frames, None)[0])
 
     @jax.jit
@@ -141,8 +147,8 @@ def flow_matching_stage(
         distance = jnp.full(4, float(config.stream.reference_distance))
         return rows.latents, sample_teacher(model, params, rows, start, solver_timesteps(12, settings.shift), distance)[0]
 
-    def sample(state: TrainState, path: Path) -> None:
-        truth, generated = sample_clip(state.ema, data(), unseen())
+    def sample(state: TrainState, data: dict, path: Path) -> None:
+        truth, generated = sample_clip(state.ema, data, unseen())
         save_preview(config, init, path, np.asarray(truth), np.asarray(generated))
 
     return Stage(
@@ -151,12 +157,12 @@ def flow_matching_stage(
         seed=seed,
         init=initial_state,
         update=update,
-        data=data,
+        data=lambda: clip_constants(init["clips"]) | {"reader": load_reader(config, init["reader"])},
         batches=lambda: windows(config, init["clips"], "train", settings.batch, settings.latent_frames, seed, curated=curated),
         config={"preset": config.name, "dit": dataclasses.asdict(config.dit), "stage": settings.record()},
-        evaluate=lambda state: held_out(state.ema, data(), unseen()),
+        evaluate=lambda state, data: held_out(state.ema, data, unseen()),
         evaluate_every=settings.every(200),
         sample=sample,
-        sample_every=settings.every(400),
+        sample_every=max(400, settings.updates // 10),
         frames=4 * settings.batch * settings.latent_frames,
     )

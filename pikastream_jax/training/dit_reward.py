@@ -28,6 +28,7 @@ from pikastream_jax.training.loop import Metrics, Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.training.previews import save_preview
+from pikastream_jax.training.processes import on_the_host
 from pikastream_jax.training.refl import (
     RewardedSettings,
     as_shown,
@@ -87,7 +88,7 @@ def sampled_window(
     """Euler without gradient for `first` steps, then `window` steps with it.
 
     Returns:
-      The clean latents that the last velocity points to; and the window's points (no gradient), timesteps and velocities.
+      The clean latents that the last velocity points to; and the window's points, timesteps and velocities.
     """
     times = jnp.asarray(times)
     frozen = jax.lax.stop_gradient(params)
@@ -109,7 +110,7 @@ def sampled_window(
     indices = first + jnp.arange(window)
     _, (points, velocities) = jax.lax.scan(step, x, indices)
     clean = points[-1] - times[indices[-1]] * velocities[-1]
-    return clean, (jax.lax.stop_gradient(points), times[indices], velocities)
+    return clean, (points, times[indices], velocities)
 
 
 def anchor_distance(
@@ -121,12 +122,17 @@ def anchor_distance(
     velocities: Float[Array, "w b f r c z"],
     distance: Float[Array, "b"],
 ) -> Float[Array, ""]:
-    """Mean squared distance of velocities from those of another model of the same form at the same points."""
+    """Mean squared distance of velocities from those of another model of the same form at the same points.
 
+    A point after the first depends on the parameters too, and then both velocities move with it: were the anchor's held still there, what
+    both owe to the point would not cancel.
+    """
+
+    @jax.checkpoint
     def one(point):
         x, t, velocity = point
         wanted = bidirectional_velocity(model, anchor, batch, x, jnp.full(x.shape[:2], t), distance)
-        return jnp.mean((velocity - jax.lax.stop_gradient(wanted)) ** 2)
+        return jnp.mean((velocity - wanted) ** 2)
 
     return jnp.mean(jax.lax.map(one, (points, times, velocities)))
 
@@ -186,11 +192,12 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         value = settings.anchor * parts["distance"] + settings.data * parts.get("data", 0.0) - parts["worth"]
         return state.descend(gradient, optimiser, settings.ema), {"loss": value} | parts
 
-    @functools.cache
     def data() -> dict:
         flash_vae = restore_into(vae_model.abstract, load_weights(init["flash_vae"], "flash_vae"))
         constants = clip_constants(init["clips"]) | {"reader": load_reader(config, init["reader"])}
-        return constants | {"flash_vae": flash_vae, "rewards": reward_params, "anchor": start()}
+        with on_the_host():  # the whole of it may be more than a device holds
+            anchor = start()
+        return constants | {"flash_vae": flash_vae, "rewards": reward_params, "anchor": anchor}
 
     @functools.cache
     def held_out_windows():
@@ -216,8 +223,8 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         value = settings.anchor * away + settings.data * kept - scores["worth"]
         return {"loss": value, "distance": away} | scores | misread, rows.latents, clean
 
-    def sample(state: TrainState, path: Path) -> None:
-        _, truth, generated = held_out(state.ema, data(), held_out_windows())
+    def sample(state: TrainState, data: dict, path: Path) -> None:
+        _, truth, generated = held_out(state.ema, data, held_out_windows())
         save_preview(config, init, path, np.asarray(truth[:4]), np.asarray(generated[:4]))
 
     return Stage(
@@ -229,8 +236,8 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         data=data,
         batches=lambda: windows(config, init["clips"], "train", settings.batch, settings.latent_frames, seed),
         config={"preset": config.name, "dit": dataclasses.asdict(config.dit), "stage": settings.record()},
-        evaluate=lambda state: held_out(state.ema, data(), held_out_windows())[0],
-        evaluate_every=25,
+        evaluate=lambda state, data: held_out(state.ema, data, held_out_windows())[0],
+        evaluate_every=settings.every(25),
         sample=sample,
         sample_every=100,
     )

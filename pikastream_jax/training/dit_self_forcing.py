@@ -9,7 +9,6 @@ a roll-out costs as much as three updates of the critic, so fresh ones would nea
 """
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +34,7 @@ from pikastream_jax.training.loop import Metrics, Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.training.previews import save_preview
+from pikastream_jax.training.processes import on_the_host
 from pikastream_jax.training.roll_out import Script, check_evictions, in_sequence, roll_out, with_swaps
 from pikastream_jax.training.sampling import Guidance, bidirectional_velocity, guided
 from pikastream_jax.training.settings import Optimiser, RemindedSettings
@@ -210,10 +210,10 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         state = dataclasses.replace(state, extra=dict(zip(("critic", "optimiser"), carry, strict=True)))
         return state, {"critic": jnp.mean(critic_losses)} | metrics
 
-    @functools.cache
     def data() -> dict:
-        weights = restore_into(teacher.abstract, load_weights(init["teacher"], "denoiser"))
-        weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, settings.teacher_precision), weights)
+        with on_the_host():  # the whole of it may be more than a device holds
+            weights = restore_into(teacher.abstract, load_weights(init["teacher"], "denoiser"))
+            weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, settings.teacher_precision), weights)
         return clip_constants(init["clips"]) | {"teacher": weights, "reader": load_reader(config, init["reader"])}
 
     held_out = HeldOutStreams(config, init["clips"], settings.latent_frames, HELD_OUT)
@@ -227,8 +227,8 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
 
     read = jax.jit(read)
 
-    def sample(state: TrainState, path: Path) -> None:
-        _, truth, generated = read(state.ema, data(), held_out.windows())
+    def sample(state: TrainState, data: dict, path: Path) -> None:
+        _, truth, generated = read(state.ema, data, held_out.windows())
         save_preview(config, init, path, np.asarray(truth[:4]), np.asarray(generated[:4]))
 
     return Stage(
@@ -240,8 +240,8 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         data=data,
         batches=lambda: windows(config, init["clips"], "train", settings.batch, settings.latent_frames, seed),
         config=dit_causal.record(config, settings),
-        evaluate=lambda state: read(state.ema, data(), held_out.windows())[0],
-        evaluate_every=50,
+        evaluate=lambda state, data: read(state.ema, data, held_out.windows())[0],
+        evaluate_every=settings.every(50),
         sample=sample,
         sample_every=200,
     )

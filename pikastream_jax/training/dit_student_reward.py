@@ -7,7 +7,6 @@ both asked under the same cache. Beside both stands the loss of `dit_causal --ob
 """
 
 import dataclasses
-import functools
 from pathlib import Path
 
 import jax
@@ -30,6 +29,7 @@ from pikastream_jax.training.loop import Metrics, Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.training.previews import save_preview
+from pikastream_jax.training.processes import on_the_host
 from pikastream_jax.training.refl import (
     RewardedSettings,
     as_shown,
@@ -137,11 +137,12 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         value = settings.anchor * parts["distance"] + settings.data * parts.get("data", 0.0) - parts["worth"]
         return state.descend(gradient, optimiser, settings.ema), {"loss": value} | parts
 
-    @functools.cache
     def data() -> dict:
         flash_vae = restore_into(models.flash_vae.abstract, load_weights(init["flash_vae"], "flash_vae"))
         constants = clip_constants(init["clips"]) | {"reader": load_reader(config, init["reader"])}
-        return constants | {"flash_vae": flash_vae, "rewards": reward_params, "anchor": start()}
+        with on_the_host():  # the whole of it may be more than a device holds
+            anchor = start()
+        return constants | {"flash_vae": flash_vae, "rewards": reward_params, "anchor": anchor}
 
     streams = HeldOutStreams(config, init["clips"], settings.latent_frames, HELD_OUT)
 
@@ -156,8 +157,8 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         kept, misread = students_loss(config, models.denoiser, params, data, rows, jax.random.key(2), train=False)
         return {"loss": settings.data * kept - scores["worth"]} | scores | misread, rows.latents, latents
 
-    def sample(state: TrainState, path: Path) -> None:
-        _, truth, generated = held_out(state.ema, data(), streams.windows())
+    def sample(state: TrainState, data: dict, path: Path) -> None:
+        _, truth, generated = held_out(state.ema, data, streams.windows())
         save_preview(config, init, path, np.asarray(truth[:4]), np.asarray(generated[:4]))
 
     return Stage(
@@ -169,8 +170,8 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         data=data,
         batches=lambda: windows(config, init["clips"], "train", settings.batch, settings.latent_frames, seed),
         config=record(config, settings),
-        evaluate=lambda state: held_out(state.ema, data(), streams.windows())[0],
-        evaluate_every=25,
+        evaluate=lambda state, data: held_out(state.ema, data, streams.windows())[0],
+        evaluate_every=settings.every(25),
         sample=sample,
         sample_every=100,
     )

@@ -22,15 +22,18 @@ def score_timesteps(key: Array, batch: int, shift: float) -> Float[Array, "b"]:
 def matching_gradient(
     generated: Float[Array, "b f r c z"], fake: Float[Array, "b f r c z"], real: Float[Array, "b f r c z"], counts: Bool[Array, "b f"]
 ) -> Float[Array, "b f r c z"]:
-    """(fake - real) / mean |generated - real|, the mean over each row's frames that count; 0 where that is not a number.
+    """(fake - real) / mean |generated - real|, the mean over each row's frames that count; 0 for a row where that mean is 0 or no frame counts.
+
+    What is not finite in `fake` or `real` stays so: a network that fell ill is to stop the run, not to teach nothing.
 
     Args:
       generated: what the student made, clean.
       fake, real: the clean clips that critic and teacher expect.
     """
     counted = jnp.broadcast_to(counts[:, :, None, None, None], generated.shape)
-    scale = jnp.mean(jnp.abs(generated - real), axis=(1, 2, 3, 4), keepdims=True, where=counted)
-    return jnp.nan_to_num((fake - real) / scale)
+    total = jnp.sum(jnp.abs(generated - real), axis=(1, 2, 3, 4), keepdims=True, where=counted)
+    scale = total / jnp.maximum(1, jnp.sum(counted, axis=(1, 2, 3, 4), keepdims=True))
+    return jnp.where(scale == 0, 0.0, (fake - real) / jnp.where(scale == 0, 1.0, scale))
 
 
 def matching_loss(generated: Float[Array, "b f r c z"], gradient: Float[Array, "b f r c z"], counts: Bool[Array, "b f"]) -> Float[Array, ""]:

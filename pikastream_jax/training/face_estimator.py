@@ -142,7 +142,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
 
     jitted_loss = jax.jit(loss)
 
-    def evaluate(state: TrainState) -> dict[str, float]:
+    def evaluate(state: TrainState, data: dict) -> dict[str, float]:
         value, parts = jitted_loss(state.ema, held_out())
         return {"loss": float(value)} | {name: float(figure) for name, figure in parts.items()}
 
@@ -154,7 +154,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         update=update,
         config={"stage": settings.record()},
         evaluate=evaluate,
-        evaluate_every=200,
+        evaluate_every=settings.every(200),
     )
 
 

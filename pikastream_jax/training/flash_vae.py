@@ -149,9 +149,9 @@ def build_stage(
         init=initial_state,
         update=update,
         config=stage_record(config, settings),
-        evaluate=lambda state: held_out.figures(reconstruct, state.ema),
+        evaluate=lambda state, data: held_out.figures(reconstruct, state.ema),
         evaluate_every=settings.every(200),
-        sample=lambda state, path: held_out.draw(reconstruct, state.ema, path),
+        sample=lambda state, data, path: held_out.draw(reconstruct, state.ema, path),
         sample_every=500,
     )
 

@@ -93,7 +93,8 @@ def student_sampler(models: Models) -> Sampler:
             state = install_prompt(state, now, valid[rows, prompt][:, None])
             conditions = denoiser.conditions(state.text, state.text_valid, heard, told)
             fresh = jax.lax.dynamic_slice_in_dim(noise, chunk * size, size, axis=1)
-            return denoise_chunk(models, params, dataclasses.replace(state, chunk_count=state.chunk_count + 1), conditions, fresh)
+            state, clean = denoise_chunk(models, params, state, conditions, fresh)
+            return dataclasses.replace(state, chunk_count=state.chunk_count + 1), clean
 
         _, chunks = jax.lax.scan(one, state, jnp.arange(frames // size + stream.delay))
         return jnp.moveaxis(chunks, 0, 1)[:, stream.delay :].reshape(b, frames, *noise.shape[2:])

@@ -200,8 +200,6 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         gradient, (parts, _) = jax.grad(loss, has_aux=True)(state.params, latents, rows)
         return state.descend(gradient, optimiser, settings.ema), parts
 
-    data = functools.cache(lambda: clip_constants(init["clips"]))
-
     unseen = functools.cache(lambda: windows(config, init["clips"], "held_out", 96, settings.latent_frames, None)[0])
 
     @jax.jit
@@ -209,9 +207,9 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         rows = prepare_batch(config, data, batch, jax.random.key(0), train=False, crop=CROP)
         return loss(params, rows.latents, rows)[1]
 
-    def held_out(state: TrainState) -> dict[str, float]:
+    def held_out(state: TrainState, data: dict) -> dict[str, float]:
         """Errors, and of closed lips the F1 of closures as lip sync is measured and the share of video frames that are right."""
-        parts, logit = jax.device_get(read(state.ema, data(), unseen()))
+        parts, logit = jax.device_get(read(state.ema, data, unseen()))
         return parts | closures_read(logit, unseen().opening)
 
     return Stage(
@@ -220,9 +218,9 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         seed=seed,
         init=initial_state,
         update=update,
-        data=data,
+        data=lambda: clip_constants(init["clips"]),
         batches=lambda: windows(config, init["clips"], "train", settings.batch, settings.latent_frames, seed),
         config={"preset": config.name, "stage": settings.record()},
         evaluate=held_out,
-        evaluate_every=250,
+        evaluate_every=settings.every(250),
     )

@@ -12,7 +12,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from pikastream_jax.training.board import open_board
 from pikastream_jax.training.checkpoint import CHECKPOINTS, Checkpoints
 from pikastream_jax.training.failure import keep_failure
-from pikastream_jax.training.mesh import make_mesh, placed, put, put_batch, replicate, replicated
+from pikastream_jax.training.mesh import data_shardings, make_mesh, placed, put, put_batch, replicated
 from pikastream_jax.training.metrics import METRICS_FILE, MetricsFile, convergence_verdict
 from pikastream_jax.training.only_writer import only_writer
 from pikastream_jax.training.optimiser import ema_update, gradient_norms
@@ -77,13 +77,13 @@ class Stage:
       init: builds the state before the first update; traced, not run, when a checkpoint takes its place.
       update: (state, key of this step, data, batch) -> (state, scalars with `loss` among them), traced once under jit with the
         state donated. The loop counts `step` itself.
-      data: loads the arrays that every update draws from, once at the start; an empty dict where data is made on the fly.
+      data: loads the arrays that every update reads, frozen models among them, once at the start; an empty dict where data is made on the fly.
       batches: gives a `grain.MapDataset` whose element n is the batch (a pytree of NumPy arrays) of update n, so that the position in
         the data is the number of updates done; None where `data` is all there is, and `batch` then {}.
-      config: JSON-able record of what was trained; a run is only continued with the same one.
-      evaluate: state -> scalars on held-out data, `loss` among them; a function of the state alone.
+      config: JSON-able record of what is trained, and from what; a run is only continued with the same one.
+      evaluate: (state, data) -> scalars on held-out data, `loss` among them; a function of these alone.
       evaluate_every: in updates; also done after the last one.
-      sample: (state, path.png) -> None, draws a picture of what the model does now.
+      sample: (state, data, path.png) -> None, draws a picture of what the model does now.
       sample_every: in updates; also done after the last one.
       frames: video frames that an update trains on, for the speed in the log; None where it is not about video.
     """
@@ -96,9 +96,9 @@ class Stage:
     data: Callable[[], PyTree[Array]] = dict
     batches: Callable[[], Sequence[PyTree[Array]]] | None = None
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    evaluate: Callable[[TrainState], Metrics | dict[str, float]] | None = None
+    evaluate: Callable[[TrainState, PyTree[Array]], Metrics | dict[str, float]] | None = None
     evaluate_every: int = 500
-    sample: Callable[[TrainState, Path], None] | None = None
+    sample: Callable[[TrainState, PyTree[Array], Path], None] | None = None
     sample_every: int = 500
     frames: int | None = None
 
@@ -228,7 +228,8 @@ class _Stretch:
         (self.out_dir / "config.json").write_text(json.dumps(_record(stage), indent=2) + "\n")
 
         self.board = open_board(self.out_dir / "tensorboard", self.step)
-        self.data = replicate(stage.data(), mesh)
+        data = stage.data()
+        self.data = put(data, data_shardings(mesh, data))
         self.batches = Prefetch(stage.batches(), self.step, stage.total_steps) if stage.batches else None
         # The state comes back as it went in, however an update splits it.
         self.update = jax.jit(step_function(stage), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
@@ -280,7 +281,7 @@ class _Stretch:
         batch = put_batch(self.batches.take(), self.mesh) if self.batches else {}
         self.state, _ = self.update(self.state, self.data, batch)
         if self.stage.evaluate:
-            jax.block_until_ready(self.stage.evaluate(self.state))
+            jax.block_until_ready(self.stage.evaluate(self.state, self.data))
         if self.stage.sample:
             self._sample()
         jax.block_until_ready(_finite_leaves(self.state))
@@ -298,13 +299,13 @@ class _Stretch:
         return any_process(wish)
 
     def _sample(self) -> None:
-        state = gather(self.state)
+        state, data = gather((self.state, self.data))
         if is_first():  # a picture is drawn by code that knows of no other process
             samples = self.out_dir / "samples"
             samples.mkdir(exist_ok=True)
             with on_one_device():
                 picture = samples / f"step_{self.step:08d}.png"
-                self.stage.sample(state, picture)
+                self.stage.sample(state, data, picture)
                 if self.board:
                     self.board.picture(self.step, "samples", picture)
 
@@ -353,7 +354,7 @@ class _Stretch:
         self.pending, self.logged_step, self.logged_at = [], self.step, now
 
     def _evaluate(self, bar: tqdm) -> None:
-        values = {name: float(value) for name, value in self.stage.evaluate(self.state).items()}
+        values = {name: float(value) for name, value in self.stage.evaluate(self.state, self.data).items()}
         for name, value in values.items():
             if not math.isfinite(value):
                 self._fail(self.step, f"held-out {name} is {value}")
@@ -408,10 +409,18 @@ def check_same_run(stage: Stage, record: dict[str, Any], out_dir: Path) -> None:
     The length may change: that is how an under-trained stage is given more updates.
     """
     now = json.loads(json.dumps(_record(stage)))  # tuples come back as lists
+    now, before = ({name: value for part in ("stage", "seed", "config") for name, value in _flat(part, of[part])} for of in (now, record))
     differences = [
-        f"{name} was {record[name]!r}, is {now[name]!r}"
-        for name in ("stage", "seed", "config")
-        if record[name] != now[name]
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in sorted(now.keys() | before.keys()) if before.get(name) != now.get(name)
     ]
     if differences:
         raise ValueError(f"{out_dir} holds another run ({'; '.join(differences)}): use its settings, or another folder")
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """A JSON value's leaves, each with its path."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(f"{name}.{key}", inner)
+    else:
+        yield name, value

@@ -56,18 +56,30 @@ def state_shardings(mesh: Mesh | AbstractMesh, state: PyTree) -> PyTree[NamedSha
     Raises:
       ValueError: a leaf that is not small has no such axis.
     """
-    fsdp = mesh.shape[FSDP]
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
-        if fsdp == 1 or math.prod(leaf.shape) < SMALL:
-            return replicated(mesh)
-        size, axis = max((size, axis) if size % fsdp == 0 else (0, axis) for axis, size in enumerate(leaf.shape))
-        if size == 0:
+        found = _split(mesh, leaf)
+        if found is None:
             name = jax.tree_util.keystr(path, simple=True, separator=".")
-            raise ValueError(f"fsdp {fsdp} divides no axis of {name} {tuple(leaf.shape)}: choose one that divides the model's width")
-        return NamedSharding(mesh, PartitionSpec(*[None] * axis, FSDP))
+            raise ValueError(f"fsdp {mesh.shape[FSDP]} divides no axis of {name} {tuple(leaf.shape)}: choose one that divides the model's width")
+        return found
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def data_shardings(mesh: Mesh | AbstractMesh, data: PyTree) -> PyTree[NamedSharding]:
+    """Where what every update reads lies: weights of frozen models, and whatever else is large, split as a training state is; what has no axis that
+    `fsdp` divides is whole everywhere."""
+    return jax.tree.map(lambda leaf: _split(mesh, leaf) or replicated(mesh), data)
+
+
+def _split(mesh: Mesh | AbstractMesh, leaf: Any) -> NamedSharding | None:
+    fsdp = mesh.shape[FSDP]
+    shape = np.shape(leaf)
+    if fsdp == 1 or math.prod(shape) < SMALL:
+        return replicated(mesh)
+    size, axis = max((size, axis) if size % fsdp == 0 else (0, axis) for axis, size in enumerate(shape))
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, FSDP)) if size else None
 
 
 def placed(mesh: Mesh | AbstractMesh, state: PyTree[jax.ShapeDtypeStruct]) -> PyTree[jax.ShapeDtypeStruct]:
@@ -88,12 +100,6 @@ def put(tree: PyTree, shardings: PyTree[NamedSharding]) -> PyTree:
         return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
     return jax.tree.map(one, tree, shardings)
-
-
-def replicate(tree: Tree, mesh: Mesh | None = None) -> Tree:
-    """A copy of every leaf on every device."""
-    sharding = replicated(make_mesh() if mesh is None else mesh)
-    return put(tree, jax.tree.map(lambda _: sharding, tree))
 
 
 def put_batch(tree: Tree, mesh: Mesh) -> Tree:

@@ -204,6 +204,13 @@ def pair_batches(config: Config, folder: Path, split: str, batch: int, seed: int
     return source.batch(batch, batch_fn=gathered)
 
 
+def check_same_clips(pairs: Path, clips: Path) -> None:
+    """Raises ValueError where trajectories were solved over other clips than a run has: their latents may be another FlashVAE's."""
+    now, then = read_record(clips)["made_with"], read_record(pairs)["made_with"].get("clips", {})
+    if differences := sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name)):
+        raise ValueError(f"{pairs} holds trajectories over other clips than {clips} ({', '.join(differences)} differ): delete it and make it anew")
+
+
 def prepare_pairs(
     config: Config, data: dict[str, Any], pairs: Pairs, key: Array, *, train: bool = True
 ) -> tuple[DiTBatch, Trajectory, Int[Array, "b"]]:

@@ -74,12 +74,17 @@ def gather(tree: PyTree[jax.Array]) -> PyTree:
     return tree if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
 
 
-def on_the_host() -> contextlib.AbstractContextManager:
-    """What is computed within lies in host memory, where it has a device: a model that needs many GPUs does not begin on one."""
+def host_device() -> jax.Device:
+    """Host memory, where it has a device; this process's first where it has none."""
     try:
-        return jax.default_device(jax.local_devices(backend="cpu")[0])
+        return jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS names the GPU alone
-        return contextlib.nullcontext()
+        return jax.local_devices()[0]
+
+
+def on_the_host() -> contextlib.AbstractContextManager:
+    """What is computed within lies on `host_device`: a model that needs many GPUs does not begin on one."""
+    return jax.default_device(host_device())
 
 
 def on_one_device() -> contextlib.AbstractContextManager:

@@ -113,12 +113,13 @@ def reference_picture(vae: FlashVAE, statistics: LatentStatistics, reference: Fl
 
 
 def as_shown(pixels: Float[Array, "b t h w 3"], reference: Float[Array, "b h w 3"], mel: Float[Array, "b f m k"]) -> Shown:
-    """What a reward looks at.
+    """What a reward looks at: pixels as a viewer gets them, for whom black and white are the ends, so that nothing is won beyond.
 
     Args:
       mel: every latent frame's whole slice.
     """
-    return Shown(canonical(pixels), jax.lax.stop_gradient(canonical(reference)), mel[:, :, -MEL_PER_LATENT:])
+    video, picture = (canonical(jnp.clip(seen, -1.0, 1.0)) for seen in (pixels, reference))
+    return Shown(video, jax.lax.stop_gradient(picture), mel[:, :, -MEL_PER_LATENT:])
 
 
 def reward_loss(

@@ -107,7 +107,7 @@ def reward_stage(
         state = state.descend(gradient, optimiser, settings.ema)
         return calibrate(model, state, data["calibration"], k_calibration), parts
 
-    def evaluate(state: TrainState) -> Figures:
+    def evaluate(state: TrainState, data: dict) -> Figures:
         figures = judgement()(state.ema)
         scores = np.asarray(score(state.ema, held_out().clips))
         return figures | {"score_mean": float(scores.mean()), "score_std": float(scores.std())}
@@ -119,7 +119,7 @@ def reward_stage(
         init=initial_state,
         update=update,
         data=everything,
-        config={"preset": config.name, "stage": settings.record(), "flash_vae": str(init.get("flash_vae"))},
+        config={"preset": config.name, "stage": settings.record()},
         evaluate=evaluate,
         evaluate_every=max(1, settings.updates // 5),
     )

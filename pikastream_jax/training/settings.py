@@ -34,9 +34,10 @@ class StageSettings:
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema {self.ema} must lie in [0, 1)")
 
-    def every(self, least: int) -> int:
-        """Updates from one evaluation, or picture, to the next: `least`, but a tenth of a long run, since each holds the updates up."""
-        return max(least, self.updates // 10)
+    def every(self, usual: int) -> int:
+        """Updates from one evaluation to the next: `usual`, but a fifth of a short run, so that it can be told whether it converged, and a tenth of a long
+        one, since each holds the updates up."""
+        return max(1, min(usual, self.updates // 5), self.updates // 10)
 
     def record(self) -> dict[str, Any]:
         """What a run is continued with: everything but its length."""

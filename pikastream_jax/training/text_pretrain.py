@@ -94,7 +94,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
     def read(params, tokens, valid):
         return model.bind(params)(tokens, valid)
 
-    def evaluate(state: TrainState) -> dict[str, float]:
+    def evaluate(state: TrainState, data: dict) -> dict[str, float]:
         """Error over unseen captions, and the share of the canonical prompts' attributes that are understood."""
         unseen = captions(HELD_OUT_SEED + seed, settings.held_out)
         error = np.asarray(read(state.ema, unseen["tokens"], unseen["valid"])) - unseen["style"]
@@ -114,5 +114,5 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         data=lambda: captions(seed, settings.captions),
         config={"preset": config.name, "text": dataclasses.asdict(config.text), "stage": settings.record()},
         evaluate=evaluate,
-        evaluate_every=100,
+        evaluate_every=settings.every(100),
     )

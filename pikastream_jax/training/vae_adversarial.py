@@ -11,7 +11,6 @@ also pays for every difference in what is read: mouths and eyes are a few pixels
 """
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +124,6 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
             extra={"discriminator": judge, "opt_state": opponent.init(judge)},
         )
 
-    @functools.cache
     def data() -> dict[str, Params]:
         return {"face_reader": restore_into(face_reader.abstract, load_weights(init["face_reader"]))} if reads else {}
 
@@ -191,9 +189,9 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         update=update,
         data=data,
         config={**stage_record(config, settings), "face_reader": reads},
-        evaluate=lambda state: held_out.figures(reconstruct, state.ema),
+        evaluate=lambda state, data: held_out.figures(reconstruct, state.ema),
         evaluate_every=settings.every(100),
-        sample=lambda state, path: held_out.draw(reconstruct, state.ema, path),
+        sample=lambda state, data, path: held_out.draw(reconstruct, state.ema, path),
         sample_every=500,
     )
 

@@ -8,7 +8,6 @@ FlashVAE's kind. Clips are decoded whole here, which is the same as through Flas
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,18 +115,17 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         return run
 
     reconstructions = {name: reconstruct(name) for name in abstract}
-    encoder = functools.cache(lambda: data()["encoder"])
 
-    def evaluate(state: TrainState) -> dict[str, float]:
+    def evaluate(state: TrainState, data: dict[str, Params]) -> dict[str, float]:
         figures = {}
         for name, run in reconstructions.items():
-            of_this = held_out.figures(run, (encoder(), state.ema[name]))
+            of_this = held_out.figures(run, (data["encoder"], state.ema[name]))
             figures |= {f"{figure}_{name}": value for figure, value in of_this.items()}
         return {"loss": figures["loss_conv3d"], **figures}
 
-    def sample(state: TrainState, path: Path) -> None:
+    def sample(state: TrainState, data: dict[str, Params], path: Path) -> None:
         for name, run in reconstructions.items():
-            held_out.draw(run, (encoder(), state.ema[name]), path.with_stem(f"{path.stem}_{name}"))
+            held_out.draw(run, (data["encoder"], state.ema[name]), path.with_stem(f"{path.stem}_{name}"))
 
     return Stage(
         name="vae_conv3d",
@@ -138,7 +136,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         data=data,
         config=stage_record(config, settings),
         evaluate=evaluate,
-        evaluate_every=200,
+        evaluate_every=settings.every(200),
         sample=sample,
         sample_every=500,
     )

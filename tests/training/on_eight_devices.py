@@ -1,13 +1,15 @@
 """Run by `test_mesh.py` in a process of its own, with eight devices on a CPU: trains the toy stage on several meshes.
 
-Prints a JSON object: the losses of every update on each mesh, and what share of the state the first device holds.
+Prints a JSON object: the losses of every update on each mesh, and what shares of the state and of a frozen model the first device holds.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 
 jax.config.update("jax_num_cpu_devices", 8)
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
@@ -30,18 +32,27 @@ def first_device_share(state) -> float:
     return sum(leaf.addressable_shards[0].data.size for leaf in leaves) / sum(leaf.size for leaf in leaves)
 
 
-def train(folder: Path, steps: int, **sizes) -> float:
-    """Goes on in the folder for so many updates on a mesh; the share of the state that one device holds."""
-    return first_device_share(run(toy_stage(12), folder, steps=steps, log_every=1, mesh=meshes.make_mesh(**sizes)))
+def train(folder: Path, steps: int, **sizes) -> tuple[float, float]:
+    """Goes on in the folder for so many updates on a mesh; the shares of the state, and of what updates only read, that one device holds."""
+    frozen = []
+    stage = toy_stage(12, data=lambda: {"frozen": np.ones((64, 32), np.float32)}, evaluate_every=1)
+
+    def evaluate(state, data):
+        frozen.append(data["frozen"].addressable_shards[0].data.size / data["frozen"].size)
+        return stage.evaluate(state, data)
+
+    state = run(dataclasses.replace(stage, evaluate=evaluate), folder, steps=steps, log_every=1, mesh=meshes.make_mesh(**sizes))
+    return first_device_share(state), frozen[-1]
 
 
 def main(folder: Path) -> None:
-    shares = {
+    trained = {
         "data": train(folder / "data", 12),
         "fsdp": train(folder / "moved", 6, fsdp=8),
         "all": train(folder / "moved", 6, fsdp=2, sequence=2),
     }
-    print(json.dumps({"shares": shares, "losses": {name: losses(folder / name) for name in ("data", "moved")}}))
+    shares, frozen = ({name: pair[n] for name, pair in trained.items()} for n in range(2))
+    print(json.dumps({"shares": shares, "frozen": frozen, "losses": {name: losses(folder / name) for name in ("data", "moved")}}))
 
 
 if __name__ == "__main__":

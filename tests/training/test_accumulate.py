@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from pikastream_jax.training.accumulate import mean_gradient
+from pikastream_jax.training.mesh import make_mesh
 
 
 def losses(params, batch, key, scale):
@@ -43,5 +44,9 @@ def test_what_does_not_divide_is_refused():
     params, batch = problem()
     with pytest.raises(ValueError, match="a batch of 12 does not divide into 5 slices"):
         mean_gradient(losses, 5)(params, batch, jax.random.key(0), 1.0)
+    with jax.sharding.use_abstract_mesh(make_mesh(fsdp=2, devices=4)):
+        jax.eval_shape(mean_gradient(losses, 3), params, batch, jax.random.key(0), 1.0)
+        with pytest.raises(ValueError, match="12 does not divide into 6 slices, each split over 4 devices: change batch or accumulate"):
+            jax.eval_shape(mean_gradient(losses, 6), params, batch, jax.random.key(0), 1.0)
     with pytest.raises(ValueError, match="accumulate must be at least 1, got 0"):
         mean_gradient(losses, 0)

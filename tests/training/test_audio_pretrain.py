@@ -42,7 +42,7 @@ def corpus_file(tmp_path, monkeypatch):
 def test_it_hears_what_can_be_heard_and_the_dit_starts_from_it(corpus_file, tmp_path):
     stage = audio_pretrain.build(CONFIG, 0, {}, SETTINGS)
     state = run(stage, tmp_path / "run")
-    figures = stage.evaluate(state)
+    figures = stage.evaluate(state, stage.data())
     assert figures["r_mouth_open"] > 0.9
     assert all(abs(figures[f"r_{name}"]) < 0.3 for name in TRACKS[1:]), "noise cannot be heard"
     assert figures["f1_closures"] > 0.9, "closed lips are those of a low level"

@@ -44,7 +44,7 @@ def test_scalars_and_pictures_can_be_read_back(tmp_path):
 
 @needs_writer
 def test_a_run_can_be_watched(tmp_path):
-    def sample(state, path):
+    def sample(state, data, path):
         Image.new("RGB", (6, 4)).save(path)
 
     run(toy_stage(total_steps=20, sample=sample, sample_every=10), tmp_path)

@@ -32,6 +32,17 @@ def test_gradient_and_loss_by_hand():
     np.testing.assert_allclose(slope, np.where(counted, expected, 0) / counted.sum(), rtol=1e-3, atol=1e-7)
 
 
+def test_a_network_that_fell_ill_is_not_taken_for_no_gradient():
+    """0 is for rows without a frame that counts; what is not finite stops the run, and must reach the loss that the loop looks at."""
+    counts = jnp.asarray([[True, True], [True, True], [False, False]])
+    real = REAL.copy()
+    real[1, 0, 0, 0, 0] = np.nan
+    given = [jnp.asarray(x, jnp.float32) for x in (GENERATED, FAKE, real)]
+    gradient = matching_gradient(*given, counts)
+    assert np.isfinite(gradient[0]).all() and np.isnan(gradient[1]).any() and (gradient[2] == 0).all()
+    assert np.isnan(matching_loss(given[0], gradient, counts))
+
+
 def test_timesteps_are_shifted_and_clamped():
     t = np.asarray(score_timesteps(jax.random.key(0), 20_000, 3.0))
     assert t.min() == pytest.approx(0.02) and t.max() == pytest.approx(0.98)

@@ -11,9 +11,8 @@ from PIL import Image
 from pikastream_jax.training import flash_vae, vae_low_res, vae_streaming
 from pikastream_jax.training.faces import FaceBatch
 from pikastream_jax.training.losses import reconstruction_loss, region_weights
-from pikastream_jax.training.mesh import replicate
 from pikastream_jax.training.optimiser import OptimiserConfig
-from tests.small import small_config, small_models
+from tests.small import copied, small_config, small_models
 
 CONFIG = small_config(height=32, width=32)
 
@@ -69,15 +68,15 @@ def test_a_stage_learns_and_draws(module, tmp_path):
     blocks = {"encoder_blocks": 1, "decoder_blocks": 1, "refine_blocks": 1}
     config = dataclasses.replace(config, flash_vae=dataclasses.replace(config.flash_vae, **blocks))
     stage = module.build(config, 0, {}, module.Settings(crop=16 if module is vae_low_res else 64))
-    update, state = jax.jit(stage.update), replicate(stage.init())
-    before = stage.evaluate(state)
+    update, state = jax.jit(stage.update), copied(stage.init())
+    before = stage.evaluate(state, stage.data())
     for step in range(40):
         state, metrics = update(state, jax.random.fold_in(jax.random.key(0), step), {}, {})
         state = dataclasses.replace(state, step=state.step + 1)
     assert update._cache_size() == 1 and np.isfinite(float(metrics["loss"]))
-    after = stage.evaluate(state)
+    after = stage.evaluate(state, stage.data())
     assert after["psnr"] > before["psnr"] + 1 and after["psnr_mouth"] > before["psnr_mouth"] + 1
-    stage.sample(state, tmp_path / "faces.png")
+    stage.sample(state, stage.data(), tmp_path / "faces.png")
     with Image.open(tmp_path / "faces.png") as picture:
         assert picture.size == (8 * 64, 4 * 64), "eight people, first and last frame, true and reconstructed"
 

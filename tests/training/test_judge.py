@@ -17,7 +17,7 @@ from pikastream_jax.data.corpus import MEL_FRAMES, dequantise_tracks
 from pikastream_jax.measuring.calibration import IdentityMetric
 from pikastream_jax.measuring.estimator import Reading
 from pikastream_jax.streaming.package import save_package
-from pikastream_jax.training import compare
+from pikastream_jax.training import compare, judge
 from pikastream_jax.training.clips import load_clip_record
 from pikastream_jax.training.dit_data import prepare_batch
 from pikastream_jax.training.judge import HeldOut, Plan, speech_finder, student_sampler
@@ -72,6 +72,23 @@ def test_a_rolling_student_hears_each_chunk_when_it_is_shown():
     assert one.shape == noise.shape and bool(jnp.isfinite(one).all())
     different = jnp.abs(one - two).max(axis=(0, 2, 3, 4))
     assert float(different[:3].max()) == 0.0 and float(different[6:].min()) > 1e-3
+
+
+def test_a_student_s_chunks_are_counted_as_the_engine_counts_them(monkeypatch):
+    """Before a chunk is made those before it: by that number a rolling stream knows that what it writes first is no chunk yet, and keeps it out of the sink."""
+    config = small_config(height=64, width=64, chunk=3, window=3, steps=2, schedule="rolling", sink=3)
+    models, params = small_models(config)
+    counted = []
+
+    def denoise_chunk(models, params, state, conditions, noise):
+        counted.append(np.asarray(state.chunk_count).tolist())
+        return state, noise
+
+    monkeypatch.setattr(judge, "denoise_chunk", denoise_chunk)
+    batch = conditions(config, 9)
+    with jax.disable_jit():
+        student_sampler(models)(params.denoiser, batch, jnp.zeros(batch.latents.shape))
+    assert counted == [[n, n] for n in range(3 + config.stream.delay)]
 
 
 class Fake:
@@ -130,6 +147,17 @@ def test_teachers_are_compared_pair_by_pair_and_judged_once(runs, command, monke
     assert result["identity_distance"]["pairs"] == 4 and result["velocity_distance"]["mean"] > 0
     monkeypatch.setattr(compare.Judge, "judge", lambda *_: pytest.fail("judged again"))
     assert command("--runs", "dit_sft@2", "dit_reward@2")[1].splitlines()[:5] == out.splitlines()[:5]
+
+
+def test_a_judgement_that_could_not_be_kept_whole_is_not_kept(runs, command, monkeypatch):
+    def half(file, **arrays):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(np, "savez", half)
+    code, _, err = command("--runs", "dit_sft@3", "truth")
+    assert code == 1 and "disk full" in err and not (runs / "small" / "judged" / "dit_sft@3.npz").exists()
+    monkeypatch.undo()
 
 
 def test_truth_is_a_contestant_and_equals_itself(command):

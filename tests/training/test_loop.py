@@ -31,7 +31,7 @@ def assert_same_run(first, second):
     assert rows(folder_a) == rows(folder_b)
 
 
-def save_picture(state, path):
+def save_picture(state, data, path):
     Image.fromarray(np.full((4, 6, 3), int(state.step), np.uint8)).save(path)
 
 
@@ -86,8 +86,8 @@ def test_a_finished_run_is_left_alone(whole):
 def test_signal_saves_and_says_how_to_resume(whole, tmp_path, capsys, number):
     handler = signal.getsignal(number)
 
-    def sample(state, path):
-        save_picture(state, path)
+    def sample(state, data, path):
+        save_picture(state, data, path)
         os.kill(os.getpid(), number)
 
     asking = toy_stage(sample=sample, sample_every=17)
@@ -117,7 +117,7 @@ def test_nan_loss_names_step_and_last_good_checkpoint(tmp_path):
 
 def test_a_held_out_figure_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(NonFiniteError, match="step 10 held-out loss is nan"):
-        run(dataclasses.replace(toy_stage(), evaluate=lambda state: {"loss": float("nan")}), tmp_path)
+        run(dataclasses.replace(toy_stage(), evaluate=lambda state, data: {"loss": float("nan")}), tmp_path)
 
 
 def test_parameters_that_are_not_finite_are_never_saved(tmp_path):

@@ -51,6 +51,7 @@ def test_eight_devices_have_the_losses_of_one(alone, tmp_path):
     shares = result["shares"]
     assert shares["data"] == 1
     assert shares["fsdp"] < 0.35 < shares["all"] < 0.7, "two devices hold about half each; eight an eighth each, and the small leaves"
+    assert result["frozen"] == {"data": 1, "fsdp": 1 / 8, "all": 1 / 2}, "so is what updates only read, in updates and in evaluations"
 
 
 def test_two_processes_train_and_one_goes_on(alone, tmp_path):
@@ -91,6 +92,14 @@ def test_what_lies_where():
     placed = meshes.placed(mesh, {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()})
     parts = {name: leaf.sharding.shard_shape(leaf.shape) for name, leaf in placed.items()}
     assert parts == {"wide": (512, 256), "square": (512, 64), "odd": (4095, 8), "stack": (30, 512, 64), "small": (64, 64)}
+
+
+def test_what_updates_read_is_split_too_where_it_can_be():
+    """A frozen teacher as its student; what has no axis that fsdp divides is whole, for it is no part of a model."""
+    mesh = meshes.make_mesh(fsdp=8, devices=64)
+    data = {"teacher": np.zeros((512, 2048), np.float32), "speech": np.zeros((99_999, 3), np.uint8), "count": np.float32(1)}
+    parts = jax.tree.map(lambda leaf, sharding: sharding.shard_shape(np.shape(leaf)), data, meshes.data_shardings(mesh, data))
+    assert parts == {"teacher": (512, 256), "speech": (99_999, 3), "count": ()}
 
 
 def test_a_mesh_that_does_not_divide_is_refused():

@@ -16,12 +16,11 @@ from pikastream_jax.diffusion.flow import solver_timesteps
 from pikastream_jax.training import dit_causal, ode_pairs
 from pikastream_jax.training.dit_data import prepare_batch
 from pikastream_jax.training.latent_reader import reader_model
-from pikastream_jax.training.mesh import replicate
 from pikastream_jax.training.optimiser import OptimiserConfig
 from pikastream_jax.training.records import Records, read_record
 from pikastream_jax.training.two_copies import Trajectory, stream_chunks, two_copies
 from pikastream_jax.weights import safetensors_io
-from tests.small import randomised, small_config, small_models
+from tests.small import copied, randomised, small_config, small_models
 
 CONFIG = small_config(chunk=2, window=4, steps=2)
 TIMES = solver_timesteps(2, CONFIG.stream.shift)
@@ -133,6 +132,15 @@ def test_trajectories_of_parts_of_pictures_are_refused(pairs, tmp_path):
         ode_pairs.pair_batches(CONFIG, folder, "train", 2, 0)
 
 
+def test_trajectories_over_other_clips_are_refused(runs, pairs, tmp_path):
+    """Clips made anew have another FlashVAE's latents; what was solved over the old ones lies there still."""
+    ode_pairs.check_same_clips(pairs, runs / "clips")
+    clips = write_coded(tmp_path / "clips", CONFIG, flash_vae="another")
+    init = {"pairs": pairs, "clips": clips}
+    with pytest.raises(ValueError, match="trajectories over other clips than .*clips .flash_vae differ.: delete it and make it anew"):
+        dit_causal.build(CONFIG, 0, init, dit_causal.Settings())
+
+
 def test_a_causal_teacher_is_given_true_latents_before_each_chunk_alone():
     """What the last chunk becomes hangs on the clip's latents before it; what the others become does not hang on the last chunk's."""
     models, params = small_models(CONFIG)
@@ -168,7 +176,7 @@ def test_every_objective_trains(runs, pairs, objective, more):
     optimiser = OptimiserConfig(learning_rate=1e-3, warmup_steps=0, muon=False)
     settings = dit_causal.Settings(updates=10, batch=2, objective=objective, optimiser=optimiser, **({"latent_frames": 4} | more))
     stage = dit_causal.build(CONFIG, 0, init, settings)
-    state, data = replicate(stage.init()), replicate(stage.data())
+    state, data = copied(stage.init()), copied(stage.data())
     first = jax.tree.map(np.asarray, state.params)
     update, batches = jax.jit(stage.update), stage.batches()
     for step in range(2):

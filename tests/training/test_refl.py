@@ -57,6 +57,17 @@ def test_the_surrogate_climbs_a_linear_reward():
     assert scores["worth"] == pytest.approx(float(3 * (values["identity"][0] + 0.5) + values["motion"][0] + 0.5) / 2, rel=1e-4)
 
 
+def test_nothing_is_won_beyond_black_and_white():
+    """Rewards learned from pictures, which end there; a decoder's numbers do not."""
+    pixels = jnp.asarray(RNG.uniform(-3, 3, size=(1, 4, 128, 128, 3)), jnp.float32)
+    mel = jnp.zeros((1, 1, 16, 16))
+    seen = as_shown(pixels, pixels[:, 0], mel)
+    np.testing.assert_array_equal(seen.video, as_shown(jnp.clip(pixels, -1, 1), pixels[:, 0], mel).video)
+    assert float(jnp.abs(seen.video).max()) <= 1 and float(jnp.abs(seen.reference).max()) <= 1
+    slope = np.asarray(jax.grad(lambda pixels: jnp.sum(as_shown(pixels, pixels[:, 0], mel).video))(pixels))
+    assert (slope[np.abs(pixels) > 1] == 0).all() and (slope[np.abs(pixels) < 1] != 0).all()
+
+
 def test_pixels_are_those_of_the_stream_and_the_past_gets_no_gradient():
     models, params = small_models(CONFIG)
     vae = models.flash_vae

@@ -50,7 +50,7 @@ def test_every_stage_runs_resumes_and_its_weights_are_loaded(tmp_path):
     for name in REWARDS:
         stage = STAGES[name].build(CONFIG, 0, {}, SETTINGS[name])
         straight = run(stage, tmp_path / name)
-        figures = stage.evaluate(straight)
+        figures = stage.evaluate(straight, {})
         assert {"loss", "score_mean", "score_std"} <= figures.keys() and all(np.isfinite(value) for value in figures.values())
         assert any(name.startswith("accuracy") for name in figures)
         moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), stage.init().params, straight.params)

@@ -14,12 +14,11 @@ from pikastream_jax.training import dit_causal, dit_pretrain, dit_reward, dit_st
 from pikastream_jax.training.dit_data import prepare_batch, text_kept
 from pikastream_jax.training.latent_reader import reader_model
 from pikastream_jax.training.loop import TrainState
-from pikastream_jax.training.mesh import replicate
 from pikastream_jax.training.optimiser import OptimiserConfig
 from pikastream_jax.training.refl import RewardWeights, decode_from
 from pikastream_jax.training.sampling import bidirectional_velocity
 from pikastream_jax.weights import safetensors_io
-from tests.small import randomised, small_config, small_models
+from tests.small import copied, randomised, small_config, small_models
 
 CONFIG = small_config(chunk=2, window=4, steps=2)
 ADAM = OptimiserConfig(1e-3, warmup_steps=0, decay="linear", muon=False)
@@ -70,6 +69,22 @@ def test_the_anchor_by_hand(monkeypatch):
     assert distance == pytest.approx(2.5)
 
 
+def test_the_anchor_moves_with_the_points(monkeypatch):
+    """Of velocities a x and 2 x, from x0 = 3 over a window from t = 0.8 to 0.5: x1 = x0 - 0.3 a x0, and the derivative by a of
+    ((a - 2)^2 x0^2 + (a - 2)^2 x1^2) / 2, with x1 as it depends on a."""
+    monkeypatch.setattr(dit_reward, "bidirectional_velocity", lambda model, params, batch, x, t, distance: params["a"] * x)
+    noise, times = jnp.full((1, 1, 1, 1, 1), 3.0), np.array([0.8, 0.5, 0.0])
+
+    def away(a):
+        _, passed = dit_reward.sampled_window(None, {"a": a}, None, noise, times, jnp.int32(0), 2, jnp.ones(1))
+        return dit_reward.anchor_distance(None, {"a": jnp.float32(2)}, None, *passed, jnp.ones(1))
+
+    value, slope = jax.value_and_grad(away)(jnp.float32(2.5))
+    x1 = 3 - 0.3 * 2.5 * 3
+    assert value == pytest.approx((0.25 * 9 + 0.25 * x1**2) / 2, rel=1e-5)
+    assert slope == pytest.approx((2 * 0.5 * 9 + 2 * 0.5 * x1**2 + 2 * 0.25 * x1 * -0.3 * 3) / 2, rel=1e-5)
+
+
 def test_pixels_along_the_stream_are_the_streams():
     """Where the judged chunks' clean latents are what the stream shows, so are the pixels; each chunk's are its own latents' alone."""
     models, params = small_models(CONFIG)
@@ -107,7 +122,7 @@ def test_the_gradient_is_that_of_the_rewards_and_of_the_clips(init, module, sett
     key, found = jax.random.key(3), {}
     for weight in (0.0, 0.5):
         stage = module.build(CONFIG, 0, init, dataclasses.replace(settings, data=weight))
-        state, data, batch = replicate(stage.init()), replicate(stage.data()), stage.batches()[0]
+        state, data, batch = copied(stage.init()), copied(stage.data()), stage.batches()[0]
         found[weight] = jax.jit(stage.update)(state, key, data, batch)
     k_rows, k_loss = jax.random.split(jax.random.split(key, keys)[-1])
 
@@ -135,7 +150,7 @@ def test_the_gradient_is_that_of_the_rewards_and_of_the_clips(init, module, sett
 @pytest.mark.parametrize(("module", "settings"), [(dit_reward, TEACHER), (dit_student_reward, STUDENT)])
 def test_updates_move_the_denoiser_and_nothing_else(init, module, settings):
     stage = module.build(CONFIG, 0, init, settings)
-    state, data = replicate(stage.init()), replicate(stage.data())
+    state, data = copied(stage.init()), copied(stage.data())
     first = jax.tree.map(np.asarray, state.params)
     update, batches = jax.jit(stage.update), stage.batches()
     for step in range(2):
@@ -147,7 +162,7 @@ def test_updates_move_the_denoiser_and_nothing_else(init, module, settings):
         assert (float(metrics["distance"]) < 1e-8) == (step == 0), "at first it is the anchor itself"
     moved = safetensors_io.flatten(jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b).max(), state.params, first))
     assert moved["dit.head.projection.kernel"] > 0 == max(value for name, value in moved.items() if name.startswith("text."))
-    figures = stage.evaluate(state)
+    figures = stage.evaluate(state, data)
     assert {*REWARDS, *CLIPS, "worth", "loss"} <= set(figures)
     wanted = float(figures.get("distance", 0.0)) - float(figures["worth"]) + settings.data * float(figures["data"])
     assert float(figures["loss"]) == pytest.approx(wanted, rel=1e-4, abs=1e-4)

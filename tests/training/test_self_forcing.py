@@ -13,11 +13,10 @@ from pikastream_jax.training.dit_data import prepare_batch, text_kept
 from pikastream_jax.training.dmd import TIMESTEPS
 from pikastream_jax.training.latent_reader import reader_model
 from pikastream_jax.training.loop import TrainState
-from pikastream_jax.training.mesh import replicate
 from pikastream_jax.training.optimiser import OptimiserConfig
 from pikastream_jax.training.sampling import Guidance
 from pikastream_jax.weights import safetensors_io
-from tests.small import randomised, small_config, small_models
+from tests.small import copied, randomised, small_config, small_models
 
 CONFIG = small_config(chunk=2, window=4, steps=2)
 ADAM = dict(warmup_steps=0, decay="linear", betas=(0.0, 0.999), muon=False)
@@ -88,7 +87,7 @@ def test_statistics_by_hand():
 def test_an_update_moves_student_and_critic(init):
     """Teacher and text encoder stay; the loss is half the mean square of the gradient that is matched."""
     stage = dit_self_forcing.build(CONFIG, 0, init, SETTINGS)
-    state, data = replicate(stage.init()), replicate(stage.data())
+    state, data = copied(stage.init()), copied(stage.data())
     first = jax.tree.map(np.asarray, (state.params, state.extra["critic"]))
     update, batches = jax.jit(stage.update), stage.batches()
     for step in range(2):
@@ -100,7 +99,7 @@ def test_an_update_moves_student_and_critic(init):
     for before, after in zip(first, (state.params, state.extra["critic"]), strict=True):
         moved = safetensors_io.flatten(jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b).max(), after, before))
         assert moved["dit.head.projection.kernel"] > 0 == max(value for name, value in moved.items() if name.startswith("text."))
-    figures = stage.evaluate(state)
+    figures = stage.evaluate(state, data)
     assert {"loss", "identity", "expression", "closures", "statistics", "size", "spread", "change"} == set(figures)
     parts = {name: float(figures[name]) for name in ("identity", "expression", "closures", "statistics")}
     assert figures["loss"] == pytest.approx(parts["identity"] + parts["expression"] + 0.1 * parts["closures"] + parts["statistics"], rel=1e-5)
@@ -113,7 +112,7 @@ def test_clips_beside_the_teacher(init, monkeypatch):
     key, found = jax.random.key(3), {}
     for weight in (0.0, 0.5):
         stage = dit_self_forcing.build(CONFIG, 0, init, dataclasses.replace(SETTINGS, data=weight, critic_updates=1))
-        state, data, batch = replicate(stage.init()), replicate(stage.data()), stage.batches()[0]
+        state, data, batch = copied(stage.init()), copied(stage.data()), stage.batches()[0]
         found[weight] = jax.jit(stage.update)(state, key, data, batch)
     k_rows, k_loss = jax.random.split(jax.random.split(key, 8)[-1])
 

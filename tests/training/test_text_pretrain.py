@@ -39,9 +39,9 @@ def tokenizer(monkeypatch):
 
 def test_it_understands_prompts_and_the_dit_starts_from_it(tokenizer, tmp_path):
     stage = text_pretrain.build(CONFIG, 0, {"clips": tmp_path}, SETTINGS)
-    before = stage.evaluate(stage.init())
+    before = stage.evaluate(stage.init(), stage.data())
     state = run(stage, tmp_path / "run")
-    after = stage.evaluate(state)
+    after = stage.evaluate(state, stage.data())
     assert before["understood"] < 0.6 < 0.9 <= after["understood"]
     assert after["loss"] < 0.8 * before["loss"]
 

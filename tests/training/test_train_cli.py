@@ -87,6 +87,18 @@ def test_runs_have_their_place_and_hand_over_from_there(monkeypatch, tmp_path):
     assert entry.hand_over("second", {"weights": tmp_path}, tmp_path) == {"weights": tmp_path}, "what is given goes first"
 
 
+def test_a_run_is_not_continued_from_something_else(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(train.STAGES, "second", train.Entry("toy_stage", needs={"weights": ("missing", "toy")}))
+    assert command_line(monkeypatch, "toy", "--runs", tmp_path, "--steps", "1") == 0
+    assert command_line(monkeypatch, "second", "--runs", tmp_path, "--steps", "1") == 0
+    assert command_line(monkeypatch, "second", "--runs", tmp_path, "--steps", "1") == 0
+    assert command_line(monkeypatch, "toy", "--runs", tmp_path, "--steps", "1") == 0
+    capsys.readouterr()
+    assert command_line(monkeypatch, "second", "--runs", tmp_path) == 1
+    told = capsys.readouterr().err
+    assert "holds another run (config.init.weights was 'toy, 1 updates (" in told and "is 'toy, 2 updates (" in told and told.count("\n") == 1
+
+
 def test_the_settings_of_a_preset_are_the_stage_s_own_where_it_says_nothing():
     for name, stages in ((name, stage_settings(name)) for name in PRESETS):
         for stage, changes in stages.items():

@@ -17,10 +17,9 @@ from pikastream_jax.training.adversarial import generator_hinge
 from pikastream_jax.training.face_estimator import face_misreading
 from pikastream_jax.training.faces import FaceBatch
 from pikastream_jax.training.flash_vae import encode_sample, pixel_loss
-from pikastream_jax.training.mesh import replicate
 from pikastream_jax.training.optimiser import OptimiserConfig
 from pikastream_jax.weights.safetensors_io import save
-from tests.small import randomised, small_models
+from tests.small import copied, randomised, small_models
 
 CONFIG = one_block_config()
 SETTINGS = vae_adversarial.Settings(
@@ -52,7 +51,7 @@ def differ(a, b):
 def test_who_learns_when(weights, monkeypatch):
     monkeypatch.setattr(vae_adversarial, "draw_faces", noise_for_faces)
     stage = vae_adversarial.build(CONFIG, 0, {"flash_vae": weights}, SETTINGS)
-    update, states = jax.jit(stage.update), [replicate(stage.init())]
+    update, states = jax.jit(stage.update), [copied(stage.init())]
     for step in range(3):
         state, metrics = update(states[-1], jax.random.key(step), {}, {})
         states.append(dataclasses.replace(state, step=state.step + 1))

@@ -9,10 +9,9 @@ from noise_faces import noise_for_faces, one_block_config
 
 from pikastream_jax.training import vae_conv3d
 from pikastream_jax.training.flash_vae import encode_sample, pixel_loss
-from pikastream_jax.training.mesh import replicate
 from pikastream_jax.training.optimiser import OptimiserConfig
 from pikastream_jax.weights.safetensors_io import save
-from tests.small import small_models
+from tests.small import copied, small_models
 
 CONFIG = one_block_config()
 SETTINGS = vae_conv3d.Settings(
@@ -26,7 +25,7 @@ def test_both_decoders_learn_from_the_same_latents(tmp_path, monkeypatch):
     models, params = small_models(CONFIG)
     save(tmp_path / "flash_vae.safetensors", params.flash_vae, {})
     stage = vae_conv3d.build(CONFIG, 0, {"flash_vae": tmp_path / "flash_vae.safetensors"}, SETTINGS)
-    update, state, data = jax.jit(stage.update), replicate(stage.init()), stage.data()
+    update, state, data = jax.jit(stage.update), copied(stage.init()), stage.data()
     start, losses = state, []
     for _ in range(3):  # the same clips again and again
         state, metrics = update(state, jax.random.key(0), data, {})
@@ -57,8 +56,8 @@ def test_figures_and_pictures_of_both(tmp_path):
     _, params = small_models(CONFIG)
     save(tmp_path / "flash_vae.safetensors", params.flash_vae, {})
     stage = vae_conv3d.build(CONFIG, 0, {"flash_vae": tmp_path / "flash_vae.safetensors"}, SETTINGS)
-    figures = stage.evaluate(stage.init())
+    figures = stage.evaluate(stage.init(), stage.data())
     assert figures["loss"] == figures["loss_conv3d"] and all(np.isfinite(value) for value in figures.values())
     assert figures["psnr_conv3d"] != figures["psnr_flash_vae"]
-    stage.sample(stage.init(), tmp_path / "step_1.png")
+    stage.sample(stage.init(), stage.data(), tmp_path / "step_1.png")
     assert {path.name for path in tmp_path.glob("*.png")} == {"step_1_conv3d.png", "step_1_flash_vae.png"}

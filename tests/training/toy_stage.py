@@ -75,7 +75,7 @@ def toy_stage(total_steps=60, seed=0, nan_loss_at=-1, nan_params_at=-1, **change
         return TrainState(state.step, params, opt_state, ema, extra), {"loss": loss, "noise": jax.random.normal(key)}
 
     fields = {"config": {"widths": (8, 16)}, "evaluate_every": 10} | changes
-    evaluate = jax.jit(lambda state: {"loss": loss_function(state.ema, jax.random.key(9))})
+    evaluate = jax.jit(lambda state, data: {"loss": loss_function(state.ema, jax.random.key(9))})
     return Stage("toy", total_steps, seed, init, update, evaluate=evaluate, **fields)
 
 
