@@ -12,6 +12,7 @@ import traceback
 from pathlib import Path
 
 import jax
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]  # where train.py is
 COMPILED = ROOT / ".cache" / "jax"  # where JAX keeps programs, if the user has named no other place: a resumed run starts sooner
@@ -80,6 +81,7 @@ def _serve(commands: multiprocessing.connection.Connection, niceness: int) -> No
     os.nice(niceness)
     os.setpgrp()  # a terminal's Ctrl-C goes to who gives the commands, who decides what it means
     threading.Thread(target=_leave_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own is one between processes, which would be left behind when this one is killed
     jax.local_devices()
     while True:
         try:

@@ -298,6 +298,14 @@ def test_a_worker_runs_commands_one_after_another(tmp_path):
     assert "no_such_module" in done.stderr
 
 
+def test_a_worker_that_showed_progress_leaves_nothing_behind(tmp_path):
+    """A bar's lock between processes outlives a process that is killed, and Python says so when the recipe ends."""
+    (tmp_path / "progress.py").write_text("import tqdm\nfor _ in tqdm.tqdm(range(3)): pass\n")
+    body = "worker.run(['-m', 'progress'])\nwhile worker.status() is None: time.sleep(0.01)\nworker.close()\n"
+    done = subprocess.run(**worker_script(tmp_path, body), capture_output=True, timeout=120)
+    assert done.returncode == 0 and "3/3" in done.stderr and "leaked" not in done.stderr, done.stderr
+
+
 def test_a_stopped_worker_lets_its_command_leave(tmp_path):
     (tmp_path / "saves.py").write_text(
         "import pathlib, signal, sys, time\n"
