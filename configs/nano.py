@@ -39,12 +39,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dit_sft": {"updates": 200},
     "reward_identity": {"updates": 500},
     "reward_lip_sync": {"updates": 300},
-    "reward_motion": {"updates": 250, "batch": 8, "latent_frames": 8},
+    "reward_motion": {"updates": 120, "batch": 8, "latent_frames": 8},
     "reward_artifact": {"updates": 450},
     "dit_reward": {"updates": 40, "batch": 2},
-    "ode_pairs": {"count": 160, "held_out": 24, "steps": 16},
+    "ode_pairs": {"count": 160, "held_out": 24, "steps": 12},
     "dit_causal": {"updates": 300, "batch": 4},
-    "dit_self_forcing": {"updates": 100, "batch": 3, "critic_updates": 3},
+    "dit_self_forcing": {"updates": 50, "batch": 3, "critic_updates": 3, "data": 0.3},
     "dit_student_reward": {"updates": 40, "batch": 2},
 }
 

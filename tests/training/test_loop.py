@@ -188,7 +188,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
     run(toy_stage(), tmp_path, steps=2)
     with pytest.raises(ValueError, match="seed was 0, is 1"):
         run(toy_stage(seed=1), tmp_path)
-    with pytest.raises(ValueError, match=r"config was .*16.*, is .*32"):
+    with pytest.raises(ValueError, match=r"config.widths was .*16.*, is .*32"):
         run(toy_stage(config={"widths": (8, 32)}), tmp_path)
     assert int(run(toy_stage(total_steps=61), tmp_path, steps=1).step) == 3, "a stage may be given more updates"
 
