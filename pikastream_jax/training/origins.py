@@ -14,8 +14,8 @@ from pikastream_jax.training.records import RECORD, read_record
 
 
 def origins(init: Mapping[str, Path]) -> dict[str, str]:
-    """For each thing that a stage starts from what it is: a run by its settings and how far it was trained, records by what they were made with, a file by
-    its bytes.
+    """For each thing that a stage starts from what it is: a run by its settings and how far it was trained, records by their number and
+    what they were made with, a file by its bytes.
 
     Raises:
       FileNotFoundError: a folder that is neither a run nor one of records, or a run without a checkpoint.
@@ -28,7 +28,8 @@ def _origin(path: Path) -> str:
     if path.is_file():
         return f"{path.name} ({_short(path.read_bytes())})"
     if (path / RECORD).is_file():
-        return f"records ({_short(json.dumps(read_record(path)['made_with'], sort_keys=True).encode())})"
+        record = read_record(path)
+        return f"records ({_short(json.dumps([record['counts'], record['made_with']], sort_keys=True).encode())})"
     updates, config = updates_done(path), path / "config.json"
     return f"{path.name}, {updates} updates ({_short(config.read_bytes() if config.is_file() else b'')})"
 

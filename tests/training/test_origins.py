@@ -28,8 +28,9 @@ def test_records_and_files_are_known_by_what_they_hold(tmp_path):
     config = small_config()
     first, again = (write_coded(tmp_path / name, config) for name in ("first", "again"))
     other = write_coded(tmp_path / "other", config, flash_vae="another")
-    names = [origins({"clips": folder})["clips"] for folder in (first, again, other)]
-    assert names[0] == names[1] != names[2]
+    more = write_coded(tmp_path / "more", config, count=5)
+    names = [origins({"clips": folder})["clips"] for folder in (first, again, other, more)]
+    assert names[0] == names[1] and len(set(names)) == 3
     file = tmp_path / "weights.safetensors"
     file.write_bytes(b"one")
     one = origins({"flash_vae": file})["flash_vae"]
