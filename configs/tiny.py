@@ -20,8 +20,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vae_streaming": {"updates": 500, "batch": 6},
     "vae_adversarial": {"updates": 1_200, "batch": 12},
     "clips": {"count": 7_168, "shard": 256},
-    "latent_reader": {"updates": 1_000, "batch": 64},
-    "dit_pretrain": {"updates": 4_000, "batch": 32},
+    "latent_reader": {"updates": 900, "batch": 64},
+    "dit_pretrain": {"updates": 3_600, "batch": 32},
     "dit_sft": {"updates": 500, "batch": 32, "optimiser": {"learning_rate": 5e-4}},
     "reward_identity": {"updates": 1_200, "batch": 32, "people": 4_096},
     "reward_lip_sync": {"updates": 1_000, "batch": 32, "clips": 768},
@@ -30,8 +30,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dit_reward": {"updates": 160, "batch": 8, "weights": _REWARDS, "data": 2.0},
     "ode_pairs": {"count": 1_920, "steps": 12, "text": 2.5, "audio": 1.5, "reference": 1.7, "batch": 64, "shard": 256},
     "dit_causal": {"updates": 1_200, "batch": 12},
-    "dit_self_forcing": {"updates": 400, "batch": 12, "critic_updates": 4, "data": 0.3},
-    "dit_student_reward": {"updates": 200, "batch": 8, "weights": _REWARDS, "data": 2.5},
+    "dit_self_forcing": {"updates": 300, "batch": 12, "critic_updates": 4, "data": 0.3},
+    "dit_student_reward": {"updates": 160, "batch": 8, "weights": _REWARDS, "data": 2.5},
 }
 
 # What a step of the recipe has of its own beside that: half the sequences of an update in the sequential schedule, which then takes as long.

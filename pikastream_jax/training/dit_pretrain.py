@@ -163,6 +163,6 @@ def flow_matching_stage(
         evaluate=lambda state, data: held_out(state.ema, data, unseen()),
         evaluate_every=settings.every(200),
         sample=sample,
-        sample_every=max(400, settings.updates // 10),
+        sample_every=max(400, settings.updates // 5),
         frames=4 * settings.batch * settings.latent_frames,
     )
