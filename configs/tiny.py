@@ -25,7 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dit_sft": {"updates": 500, "batch": 32, "optimiser": {"learning_rate": 5e-4}},
     "reward_identity": {"updates": 1_200, "batch": 32, "people": 4_096},
     "reward_lip_sync": {"updates": 1_000, "batch": 32, "clips": 768},
-    "reward_motion": {"updates": 250, "batch": 24, "clips": 512},
+    "reward_motion": {"updates": 100, "batch": 24, "clips": 512},
     "reward_artifact": {"updates": 1_000, "batch": 16, "clips": 2_048},
     "dit_reward": {"updates": 160, "batch": 8, "weights": _REWARDS, "data": 2.0},
     "ode_pairs": {"count": 1_920, "steps": 12, "text": 2.5, "audio": 1.5, "reference": 1.7, "batch": 64, "shard": 256},
