@@ -27,8 +27,8 @@ LEFT_OUT = ("face_reader",)
 
 # What differs from the stages' own settings.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "vae_low_res": {"updates": 60, "optimiser": {"learning_rate": 1e-3, "warmup_steps": 10}},
-    "vae_streaming": {"updates": 60, "optimiser": {"learning_rate": 5e-4, "warmup_steps": 10}},
+    "vae_low_res": {"updates": 40, "optimiser": {"learning_rate": 1e-3, "warmup_steps": 10}},
+    "vae_streaming": {"updates": 40, "optimiser": {"learning_rate": 5e-4, "warmup_steps": 10}},
     "vae_adversarial": {"updates": 120, "batch": 4, "alone": 30, "optimiser": {"warmup_steps": 10}},
     "vae_conv3d": {"updates": 300, "batch": 6, "ema": 0.99, "optimiser": {"warmup_steps": 50}},
     "clips": {"count": 600, "held_out": 100, "shard": 50},

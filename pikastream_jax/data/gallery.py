@@ -2,8 +2,8 @@
 
 `python -m pikastream_jax.data.gallery --out pikastream_jax/assets/avatars` draws the avatars,
 `python -m pikastream_jax.data.gallery --grid docs/faces.webp` the grid. Both are a function of `SEED` and of the numbers
-below alone. No stage of training meets these people: its keys are folded out of the seed given to `train.py` (0 for the
-shipped weights), not out of `SEED`.
+below alone. No stage of training meets these people: its keys are folded out of the seed given to `train.py` (small
+numbers for the shipped weights), not out of `SEED`.
 """
 
 import dataclasses

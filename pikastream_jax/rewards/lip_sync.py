@@ -47,9 +47,7 @@ class LipSyncReward(nnx.Module):
         """The same for pictures cut to `MOUTH`."""
         b, t = mouths.shape[:2]
         frames = self.frame(mouths.reshape(b * t, *mouths.shape[2:])).reshape(b, t, -1)
-        # What a mouth looks like says who it is; what it does is how it differs from its own mean.
-        frames = jax.nn.gelu(frames)
-        return unit(self.lips(_windows(frames, WINDOW, STEP)))
+        return unit(self.lips(_windows(jax.nn.gelu(frames), WINDOW, STEP)))
 
     def embed_sound(self, mel: Float[Array, "b f 16 k"]) -> Float[Array, "b w d"]:
         """The sound of the same windows."""

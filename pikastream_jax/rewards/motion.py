@@ -1,4 +1,4 @@
-"""Does it move like somebody who talks? A classifier of true motion against motion that is reversed, shuffled, frozen, shaky or generated.
+"""Does it move like somebody who talks? A classifier of true motion against motion that is reversed, shuffled, frozen or shaky.
 
 Every frame is first read: how the head stands, where the eyes look, what lids, brows and lips do, fifteen numbers that training knows from the
 renderer. A network over time judges these numbers and their changes, and sees nothing else, so that it can neither learn clips by heart from what

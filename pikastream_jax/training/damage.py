@@ -54,7 +54,7 @@ def _ghost(key: Array, strength: Array, video: Video) -> Video:
 
 
 def _warp(key: Array, strength: Array, video: Video) -> Video:
-    """Edges waver: rows and columns swing by up to 3 pixels, otherwise in every frame."""
+    """Edges waver: rows and columns swing by up to 3 pixels, differently in every frame."""
     t, h, w, _ = video.shape
     k_phase, k_wave = jax.random.split(key)
     phase = jax.random.uniform(k_phase, (t, 2), maxval=2 * np.pi)

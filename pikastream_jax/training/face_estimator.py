@@ -1,6 +1,6 @@
 """The stage that trains the estimator of `pikastream_jax/measuring/`: rendered faces, degraded as a generator degrades them.
 
-`python train.py face_estimator --out runs/face_estimator` trains it in some 7 minutes of one CPU core, and
+`python train.py face_estimator --updates 1500 --out runs/face_estimator` trains it in some 7 minutes of one CPU core, and
 `python -m pikastream_jax.training.face_estimator --run runs/face_estimator` puts the result among the package's assets.
 """
 

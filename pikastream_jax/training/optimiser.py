@@ -1,4 +1,4 @@
-"""The optimiser of every stage: Muon for hidden matrices, AdamW for the rest, one learning rate for both.
+"""The optimiser of every stage: Muon for hidden matrices, AdamW for the rest, one learning rate for both; or AdamW for everything.
 
 Muon (K. Jordan et al., 2024, https://kellerjordan.github.io/posts/muon) orthogonalises the momentum of a weight matrix.
 It is meant for the matrices between hidden layers; embeddings, input and output projections, norms, biases and
@@ -35,7 +35,7 @@ class OptimiserConfig:
       decay: `cosine` falls from the peak to `final_fraction` over the whole run; `linear` holds the peak and falls
         over the last 20% of the updates (warm-up, stable, decay: the run can be extended before the fall).
       final_fraction: rate at the last update, as a fraction of the peak.
-      weight_decay: decoupled, on Muon matrices only.
+      weight_decay: decoupled; on Muon's matrices, or without Muon on every `kernel`.
       clip_norm: the gradient's global norm is clipped to this.
       betas: AdamW's decay rates of the first and second moments, in Muon's company too; distribution matching wants (0, 0.999).
       muon: False puts every parameter on AdamW (few-step distillation and heads).

@@ -32,7 +32,7 @@ class RewardSettings(StageSettings):
     autoencoded: float = 0.5
     """Share of all pictures, true or not, that pass through FlashVAE where it is given."""
     held_out: int = 48
-    """True held-out clips that the reward is judged on; half as many others calibrate it."""
+    """True held-out clips that the reward is judged on (of identity 8 times as many people, of artifacts half as many clips); half as many others calibrate it."""
 
     def __post_init__(self):
         super().__post_init__()
