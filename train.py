@@ -127,7 +127,8 @@ def _train(name: str, entry: Entry, flags: list[str]) -> None:
         jax.config.update("jax_num_cpu_devices", how.cpu_devices)
     Processes(how.coordinator, how.processes, how.process).join()
     mesh = make_mesh(how.fsdp, how.sequence)
-    init = entry.hand_over(name, stage_init(how.config).get(name, {}) | parse_init(how.init), how.runs_folder)
+    given = stage_init(how.config).get(name, {}) | parse_init(how.init)
+    init = entry.hand_over(name, given, how.runs_folder, told.settings.passed_over(given))
     stage = module.build(config, how.seed, init, told.settings)
     stage = dataclasses.replace(stage, config=stage.config | {"init": origins(init)})
     folder = how.out or how.runs_folder / ("rehearsal" if how.rehearse else "") / name

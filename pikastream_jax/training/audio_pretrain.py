@@ -33,6 +33,7 @@ from pikastream_jax.training.loop import Metrics, Stage, TrainState
 from pikastream_jax.training.losses import closure_loss
 from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
+from pikastream_jax.training.origins import origins
 from pikastream_jax.training.settings import Optimiser, StageSettings
 from pikastream_jax.weights.safetensors_io import restore_into
 
@@ -137,7 +138,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         init=initial_state,
         update=update,
         data=data,
-        config={"preset": config.name, "audio": dataclasses.asdict(config.audio), "stage": settings.record()},
+        config={"preset": config.name, "audio": dataclasses.asdict(config.audio), "stage": settings.record()} | origins({"speech": SPEECH}),
         evaluate=evaluate,
         evaluate_every=settings.every(250),
     )

@@ -222,6 +222,17 @@ def updates_done(run: str | os.PathLike[str]) -> int:
         return step
 
 
+def newest_record(run: str | os.PathLike[str]) -> tuple[int, dict[str, Any]]:
+    """How many updates a run folder's newest checkpoint has behind it, and the JSON object saved beside it.
+
+    Raises:
+      FileNotFoundError: it is no run folder, or has no checkpoint.
+      ValueError: the object cannot be read.
+    """
+    with _newest(Path(run)) as (checkpoints, step):
+        return step, checkpoints.record(step)
+
+
 @contextlib.contextmanager
 def _newest(run: Path) -> Iterator[tuple[Checkpoints, int]]:
     if not (run / CHECKPOINTS).is_dir():

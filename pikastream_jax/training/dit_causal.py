@@ -7,7 +7,7 @@ timestep of its own, to compare. `--schedule rolling` trains on the data for the
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,6 +81,10 @@ class Settings(DiTSettings):
             raise ValueError(f"schedule rolling is trained on the data alone, not with objective {self.objective}: add --objective data")
         if self.timesteps == "all" and (self.objective != "data" or self.schedule == "rolling"):
             raise ValueError("timesteps all are for objective data and schedule sequential alone: trajectories and buffers have their own")
+
+    def passed_over(self, given: Mapping[str, Path]) -> tuple[str, ...]:
+        del given
+        return () if self.objective == "ode" else ("pairs",)
 
 
 def sample_causal(

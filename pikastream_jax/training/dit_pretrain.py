@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -59,6 +60,10 @@ class Settings(DiTSettings):
     def __post_init__(self):
         super().__post_init__()
         check_closures(self.closures)
+
+    def passed_over(self, given: Mapping[str, Path]) -> tuple[str, ...]:
+        """A denoiser has encoders of its own, which its other parts were trained with."""
+        return ("audio", "text") if "denoiser" in given else ()
 
 
 def timesteps(key: Array, rows: int, settings: Settings) -> Float[Array, " rows"]:

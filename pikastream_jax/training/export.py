@@ -23,7 +23,7 @@ from pikastream_jax.config import Config
 from pikastream_jax.nn.layers import Params
 from pikastream_jax.streaming.package import OWN, save_package
 from pikastream_jax.streaming.step import ModelParams, Models
-from pikastream_jax.training.checkpoint import load_weights
+from pikastream_jax.training.checkpoint import load_weights, updates_done
 from pikastream_jax.training.clips import load_clip_record
 from pikastream_jax.training.metrics import METRICS_FILE, read_rows
 from pikastream_jax.training.records import read_record
@@ -134,7 +134,7 @@ def _history(run: Path, part: str) -> dict:
         told = json.loads(load(run)[1].get("pikastream", "{}"))
         return told.get("made", {}).get(part, {"file": run.name})
     record = json.loads((run / "config.json").read_text())
-    held_out = [row for row in read_rows(run / METRICS_FILE) if row["kind"] == "held_out"]
+    held_out = [row for row in read_rows(run / METRICS_FILE) if row["kind"] == "held_out" and row["step"] <= updates_done(run)]
     return {"stage": record["stage"], "seed": record["seed"], "held_out": held_out[-1] if held_out else None}
 
 

@@ -26,7 +26,7 @@ from pikastream_jax.measuring.estimator import (
     true_places,
 )
 from pikastream_jax.nn.layers import Params, functional, initial_params
-from pikastream_jax.training.checkpoint import load_weights
+from pikastream_jax.training.checkpoint import load_weights, updates_done
 from pikastream_jax.training.faces import FaceBatch, random_states
 from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
@@ -196,7 +196,7 @@ def export(run: Path, out: Path = WEIGHTS) -> None:
       out: file to write.
     """
     record = json.loads((run / "config.json").read_text())
-    made = {"stage": record["stage"], "seed": str(record["seed"]), "updates": str(record["total_steps"])}
+    made = {"stage": record["stage"], "seed": str(record["seed"]), "updates": str(updates_done(run))}
     save(out, load_weights(run), made, dtype=jnp.float16)
     print(out)
 

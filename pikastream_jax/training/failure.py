@@ -28,12 +28,12 @@ def keep_failure(out_dir: Path, step: int, record: dict[str, Any], batch: PyTree
 
 
 def last_failure(out_dir: Path) -> dict[str, Any]:
-    """The record of the last step that was kept, with `folder`.
+    """The record of the step that was kept last, with `folder`.
 
     Raises:
       FileNotFoundError: none was.
     """
-    folders = sorted(out_dir.glob("nan_step_*"))
+    folders = sorted(out_dir.glob("nan_step_*"), key=lambda folder: folder.stat().st_mtime)  # a run begun anew may fail sooner
     if not folders:
         raise FileNotFoundError(f"{out_dir} has no nan_step_* folder: no update was kept for replay, because none was not finite")
     return json.loads((folders[-1] / _RECORD).read_text()) | {"folder": str(folders[-1])}

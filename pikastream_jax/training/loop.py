@@ -1,8 +1,8 @@
 """The loop that every stage runs in: updates, metrics, pictures, checkpoints, and leaving cleanly.
 
 A stage hands over pure functions; the loop owns everything that has to do with time and files. A run is a function of
-the stage and its seed alone: the update of step n gets `fold_in(key(seed), n)` and takes its data by that key. So the
-position in the data and the random state are the step number, and a run stopped anywhere continues bit for bit.
+the stage and its seed alone: the update of step n gets `fold_in(key(seed), n)` and takes its data by that
+key, or as element n of its data set. So the position in the data and the random state are the step number, and a run stopped anywhere continues bit for bit.
 """
 
 import contextlib
@@ -35,6 +35,7 @@ from pikastream_jax.training.prefetch import Prefetch
 from pikastream_jax.training.processes import any_process, gather, is_first, on_one_device, on_the_host, passing_folder
 from pikastream_jax.training.signals import StopRequest, stop_on_signal
 from pikastream_jax.training.speed import speed_figures, update_operations
+from pikastream_jax.training.whole_file import write_whole
 
 
 @jax.tree_util.register_dataclass
@@ -188,16 +189,17 @@ def rehearse(stage: Stage, out_dir: str | Path, *, mesh: Mesh | None = None) -> 
       out_dir: for the pictures and what else a run writes; not the run's own folder.
 
     Raises:
-      ValueError: a run lies there.
+      ValueError: a run lies there, or another process writes there.
     """
     if any((Path(out_dir) / CHECKPOINTS).glob("*")):
         raise ValueError(f"{out_dir} holds a run, which a rehearsal would write into: give it another folder with --out")
-    stretch = _Stretch(stage, Path(out_dir), 1, 1, make_mesh() if mesh is None else mesh)
-    try:
-        with jax.set_mesh(stretch.mesh):
-            stretch.rehearse()
-    finally:
-        stretch.close()
+    with only_writer(out_dir):
+        stretch = _Stretch(stage, Path(out_dir), 1, 1, make_mesh() if mesh is None else mesh)
+        try:
+            with jax.set_mesh(stretch.mesh):
+                stretch.rehearse()
+        finally:
+            stretch.close()
 
 
 class _Stretch:
@@ -225,7 +227,7 @@ class _Stretch:
             self.pending, self.seconds_before = record["pending"], record["seconds"]
         self.step = int(self.state.step)
         self.metrics = MetricsFile(self.out_dir / METRICS_FILE, self.step)
-        (self.out_dir / "config.json").write_text(json.dumps(_record(stage), indent=2) + "\n")
+        write_whole(self.out_dir / "config.json", json.dumps(_record(stage), indent=2) + "\n")
 
         self.board = open_board(self.out_dir / "tensorboard", self.step)
         data = stage.data()
@@ -243,7 +245,6 @@ class _Stretch:
         deadline = math.inf if minutes is None else self.started + 60 * minutes
         next_save = time.monotonic() + 60 * save_every_minutes
         first = self.step
-        self.logged_step, self.logged_at = self.step, time.monotonic()
         with tqdm(
             total=stage.total_steps,
             initial=self.step,
@@ -259,18 +260,26 @@ class _Stretch:
                     self.operations = update_operations(self.update.trace(self.state, self.data, batch))
                 self.state, metrics = self.update(self.state, self.data, batch)
                 self.step += 1
+                if self.step == first + 1:  # the speed is that of updates, not of compiling them
+                    jax.block_until_ready(self.state)
+                    self.logged_step, self.logged_at = self.step, time.monotonic()
                 self.pending.append(metrics)
-                if self.step % self.log_every == 0 or self.step == stage.total_steps:
+                if self._due(self.log_every):
                     self._log(bar)
-                paused_at = time.monotonic()
-                if stage.evaluate and (self.step % stage.evaluate_every == 0 or self.step == stage.total_steps):
-                    self._evaluate(bar)
-                if stage.sample and (self.step % stage.sample_every == 0 or self.step == stage.total_steps):
-                    self._sample()
-                if self._agreed(time.monotonic() > next_save):
-                    self._save()
-                    next_save = time.monotonic() + 60 * save_every_minutes
-                self.logged_at += time.monotonic() - paused_at  # the speed is that of the updates
+                evaluate = stage.evaluate and self._due(stage.evaluate_every)
+                sample = stage.sample and self._due(stage.sample_every)
+                save = self._agreed(time.monotonic() > next_save)
+                if evaluate or sample or save:
+                    jax.block_until_ready(self.state)  # updates under way are no part of the pause
+                    paused_at = time.monotonic()
+                    if evaluate:
+                        self._evaluate(bar)
+                    if sample:
+                        self._sample()
+                    if save:
+                        self._save()
+                        next_save = time.monotonic() + 60 * save_every_minutes
+                    self.logged_at += time.monotonic() - paused_at
         if self.step > first and self.step != self.saved_step:
             self._save()
         self.checkpoints.wait()
@@ -292,11 +301,14 @@ class _Stretch:
                 if resource:
                     stack.callback(resource.close)
 
-    def _agreed(self, wish: bool) -> bool:
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.stage.total_steps
+
+    def _agreed(self, wish: bool | StopRequest) -> bool:
         """Whether to do now what any process wishes, each going by its own clock and signals; several processes only ask where they stop to log anyway."""
         if jax.process_count() > 1 and self.step % self.log_every:
             return False
-        return any_process(wish)
+        return any_process(bool(wish))
 
     def _sample(self) -> None:
         state, data = gather((self.state, self.data))
@@ -342,8 +354,8 @@ class _Stretch:
         self._fetch()
         means = {name: float(np.mean([row[name] for row in self.pending])) for name in self.pending[0]}
         now = time.monotonic()
-        speed = (self.step - self.logged_step) / max(now - self.logged_at, 1e-9)
-        speeds = speed_figures(speed, self.stage.frames, self.operations)
+        timed = self.step - self.logged_step  # none where the stretch's first update ends a row
+        speeds = speed_figures(timed / max(now - self.logged_at, 1e-9), self.stage.frames, self.operations) if timed else {}
         self.metrics.append(self.step, "train", means, **speeds, seconds=round(self._seconds(), 1))
         if self.board:
             self.board.scalars(self.step, "train", means)

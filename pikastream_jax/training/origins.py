@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from pikastream_jax.training.checkpoint import updates_done
+from pikastream_jax.training.checkpoint import newest_record
 from pikastream_jax.training.records import RECORD, read_record
 
 
@@ -30,8 +30,9 @@ def _origin(path: Path) -> str:
     if (path / RECORD).is_file():
         record = read_record(path)
         return f"records ({_short(json.dumps([record['counts'], record['made_with']], sort_keys=True).encode())})"
-    updates, config = updates_done(path), path / "config.json"
-    return f"{path.name}, {updates} updates ({_short(config.read_bytes() if config.is_file() else b'')})"
+    updates, record = newest_record(path)
+    made = {name: record[name] for name in ("stage", "seed", "total_steps", "config")}
+    return f"{path.name}, {updates} updates ({_short(json.dumps(made, sort_keys=True).encode())})"
 
 
 def _short(data: bytes) -> str:

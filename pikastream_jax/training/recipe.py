@@ -11,19 +11,22 @@ ends (`rehearsal`), by which its programs come into JAX's compilation cache. The
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from configs import left_out, preset
 from pikastream_jax.training.only_writer import only_writer
 from pikastream_jax.training.rehearsal import Rehearsals
 from pikastream_jax.training.signals import stop_on_signal
 from pikastream_jax.training.steps import RECIPE, Step
+from pikastream_jax.training.whole_file import write_whole
 from pikastream_jax.training.worker import COMPILED, Worker
 
+_RECORD = "recipe.json"  # within the folder of all runs: preset, seed, and minutes of every step
 _POLL = 0.05  # seconds
 _SOON, _LATER = 20.0, 60.0  # seconds that must be left for a step to begin: for a stage whose programs are compiled, for any other
 
@@ -74,7 +77,7 @@ def run_recipe(
       worker: starts a process of that niceness, which runs commands.
 
     Raises:
-      ValueError: no such preset, no job at a time, another process runs a recipe there, or a step failed; the steps beside it are asked to save and leave.
+      ValueError: no such preset, no job at a time, another process runs a recipe there, the folder holds one of another preset or seed, or a step failed; the steps beside it are asked to save and leave.
     """
     preset(config)
     if jobs < 1:
@@ -88,8 +91,8 @@ def run_recipe(
     if rehearse:
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # of small programs there are many
     steps = [step for step in steps if step.run not in left_out(config)]
-    course = _Course(config, runs, seed, minutes, steps, worker)
     with only_writer(runs), stop_on_signal() as asked:
+        course = _Course(config, runs, seed, minutes, steps, worker)
         try:
             if rehearse:
                 course.rehearsals = Rehearsals(config, runs, seed)
@@ -100,11 +103,32 @@ def run_recipe(
             course.report()
 
 
+def _begun(file: Path, now: dict[str, Any]) -> dict[str, Any]:
+    """The record of a recipe that begins, which is put in its place, or goes on.
+
+    Raises:
+      ValueError: the one that is there cannot be read, or was begun with something else.
+    """
+    if not file.is_file():
+        record = now | {"minutes": {}}
+        write_whole(file, json.dumps(record, indent=2) + "\n")
+        return record
+    try:
+        record = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON ({error}): remove it, the runs beside it stay as they are") from error
+    for name, value in now.items():
+        if record.get(name) != value:
+            raise ValueError(f"{file.parent} holds a recipe with --{name} {record.get(name)}, not {value}: give that, or another folder with --runs")
+    return record
+
+
 class _Course:
     """Who runs what at the moment."""
 
     def __init__(self, config: str, runs: Path, seed: int, minutes: float | None, steps: Sequence[Step], worker: Callable[[int], Process]):
         self.config, self.runs, self.seed, self.steps, self.worker = config, runs, seed, steps, worker
+        self.record = _begun(runs / _RECORD, {"config": config, "seed": seed})
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.left = [step for step in steps if not step.complete(config, runs)]
         self.running: dict[str, tuple[Step, Process, float]] = {}
@@ -133,7 +157,7 @@ class _Course:
             del self.running[run]
             process.close()
             self.spent[run] = round((time.monotonic() - began) / 60, 2)
-            if status and not stopped:
+            if status and not (stopped and status == -signal.SIGTERM):
                 raise ValueError(f"the recipe stopped at {run} (exit status {status}); the same command goes on from there")
             if not step.complete(self.config, self.runs):
                 self.cut_short = True
@@ -205,13 +229,11 @@ class _Course:
             self.rehearsals.close()
 
     def report(self) -> None:
-        """Adds the minutes of this stretch to those of earlier ones, in `recipe.json`, and says what is left."""
-        record = self.runs / "recipe.json"
-        minutes = json.loads(record.read_text()) if record.is_file() else {}
+        """Adds the minutes of this stretch to those of earlier ones, and says what is left."""
+        minutes = self.record["minutes"]
         for run, more in self.spent.items():
             minutes[run] = round(minutes.get(run, 0.0) + more, 2)
-        self.runs.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(minutes, indent=2) + "\n")
+        write_whole(self.runs / _RECORD, json.dumps(self.record, indent=2) + "\n")
         left = [step.run for step in self.steps if not step.complete(self.config, self.runs)]
         for run, taken in minutes.items():
             print(f"recipe: {run} {taken} minutes", file=sys.stderr)

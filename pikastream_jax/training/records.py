@@ -22,6 +22,7 @@ import ml_dtypes  # noqa: F401 (NumPy learns the name bfloat16)
 import numpy as np
 
 from pikastream_jax.training.only_writer import only_writer
+from pikastream_jax.training.whole_file import UNFINISHED, write_whole
 
 RECORD, CONSTANTS = "record.json", "constants.npz"
 FORMAT = 1
@@ -88,20 +89,22 @@ def _write_missing(partial: Path, plan: Plan, make: Callable, conclude: Callable
     if (partial / RECORD).exists():
         before = _read_json(partial)
         _check_same(plan, before, partial, "is unfinished work of another kind")
-        record["fields"] = before.get("fields")
+        record["fields"] = before["fields"]
+    else:
+        _write_record(partial, record | {"fields": None})  # before any shard: of which plan they are
     for split in plan.counts:
         for name, first, count in plan.shards(split):
             if not (partial / name).exists():
                 fields = _write_shard(partial / name, make(split, first, count), count, record.get("fields"))
                 if record.get("fields") is None:
                     record["fields"] = fields
-                    _write_whole(partial / RECORD, json.dumps(record).encode())
+                    _write_record(partial, record)
     shards = {split: [(name, count) for name, _, count in plan.shards(split)] for split in plan.counts}
     record["shards"] = {
         split: [{"file": name, "count": count, "bytes": (partial / name).stat().st_size} for name, count in files]
         for split, files in shards.items()
     }
-    _write_whole(partial / RECORD, json.dumps(record, indent=1).encode())
+    _write_record(partial, record)
     constants = {} if conclude is None else dict(conclude(lambda split: Records(partial, split)))
     with _told(partial / CONSTANTS):
         np.savez(partial / CONSTANTS, **constants)
@@ -213,7 +216,7 @@ def _write_shard(path: Path, made: Iterable[Mapping[str, np.ndarray]], count: in
     """Writes a shard under another name and renames it when it is whole. Returns the fields of its records."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    unfinished = path.with_suffix(".unfinished")
+    unfinished = path.with_suffix(UNFINISHED)
     with _told(unfinished):
         # One record to a group: they are read at random. Latents hardly shrink under compression.
         writer = ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")
@@ -238,12 +241,9 @@ def _write_shard(path: Path, made: Iterable[Mapping[str, np.ndarray]], count: in
     return fields
 
 
-def _write_whole(path: Path, data: bytes) -> None:
-    unfinished = path.with_suffix(".unfinished")
-    with _told(unfinished):
-        unfinished.write_bytes(data)
-        _to_disk(unfinished)
-        os.rename(unfinished, path)
+def _write_record(partial: Path, record: dict[str, Any]) -> None:
+    with _told((partial / RECORD).with_suffix(UNFINISHED)):
+        write_whole(partial / RECORD, json.dumps(record, indent=1))
 
 
 def _to_disk(path: Path) -> None:

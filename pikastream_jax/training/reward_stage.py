@@ -16,8 +16,10 @@ from pikastream_jax.config import Config
 from pikastream_jax.nn.layers import Functional, Params, initial_params
 from pikastream_jax.rewards import Rewards, Shown
 from pikastream_jax.rewards.scoring import reward_model
+from pikastream_jax.training.clips import SPEECH
 from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.optimiser import make_optimiser
+from pikastream_jax.training.origins import origins
 from pikastream_jax.training.reward_clips import Painter, TalkingClips, talking_clips
 from pikastream_jax.training.settings import StageSettings
 
@@ -119,7 +121,7 @@ def reward_stage(
         init=initial_state,
         update=update,
         data=everything,
-        config={"preset": config.name, "stage": settings.record()},
+        config={"preset": config.name, "stage": settings.record()} | origins({"speech": SPEECH}),
         evaluate=evaluate,
         evaluate_every=max(1, settings.updates // 5),
     )

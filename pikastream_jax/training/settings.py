@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -38,6 +39,15 @@ class StageSettings:
         """Updates from one evaluation to the next: `usual`, but a fifth of a short run, so that it can be told whether it converged, and a tenth of a long
         one, since each holds the updates up."""
         return max(1, min(usual, self.updates // 5), self.updates // 10)
+
+    def passed_over(self, given: Mapping[str, Path]) -> tuple[str, ...]:
+        """Of what the stage may start from, what it does not take from the folder of runs though it lies there.
+
+        Args:
+          given: what was named for it to start from.
+        """
+        del given
+        return ()
 
     def record(self) -> dict[str, Any]:
         """What a run is continued with: everything but its length."""

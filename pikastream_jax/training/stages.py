@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,8 +29,8 @@ class Entry:
     def load(self) -> ModuleType:
         return importlib.import_module(self.module)
 
-    def hand_over(self, stage: str, given: Mapping[str, Path], runs: Path) -> dict[str, Path]:
-        """Everything that the stage starts from: what is `given`, and else what lies in the folder `runs`.
+    def hand_over(self, stage: str, given: Mapping[str, Path], runs: Path, passed_over: Collection[str] = ()) -> dict[str, Path]:
+        """Everything that the stage starts from: what is `given`, and else what lies in the folder `runs`, but for what is `passed_over`.
 
         Raises:
           ValueError: something is given that the stage would not look at, or something needed is neither given nor there.
@@ -42,7 +42,7 @@ class Entry:
         found = dict(given)
         for name, candidates in known.items():
             there = [runs / run for run in candidates if (runs / run).exists()]
-            if name in given:
+            if name in given or name in passed_over:
                 continue
             if there:
                 found[name] = there[0]

@@ -55,6 +55,9 @@ def test_it_hears_what_can_be_heard_and_the_dit_starts_from_it(corpus_file, tmp_
     with pytest.raises(ValueError, match="dit_pretrain needs audio: run audio_pretrain first"):
         dit_pretrain.build(CONFIG, 0, {"text": text}, dit_pretrain.Settings())
 
+    save_corpus(corpus_file, small_corpus())
+    assert audio_pretrain.build(CONFIG, 0, {}, SETTINGS).config != stage.config, "on other speech it is another run"
+
     again = audio_pretrain.build(CONFIG, 1, {"audio": tmp_path / "run"}, SETTINGS).init().params
     jax.tree.map(np.testing.assert_array_equal, again["audio"], load_weights(tmp_path / "run")["audio"])
 

@@ -34,11 +34,12 @@ def root(tmp_path, monkeypatch):
 
     monkeypatch.setitem(configs.PRESETS, "small", lambda: CONFIG)
     monkeypatch.setattr(export, "load_weights", weights)
+    monkeypatch.setattr(export, "updates_done", lambda run: 10)  # what was evaluated later went with a killed run, and the weights are older
     clips_of(tmp_path / "small" / "clips", "small")
     for name in ("vae_streaming", "dit_causal", "dit_self_forcing"):
         (tmp_path / "small" / name / "checkpoints").mkdir(parents=True)
         (tmp_path / "small" / name / "config.json").write_text(json.dumps({"stage": name, "seed": 3}))
-        (tmp_path / "small" / name / "metrics.jsonl").write_text('{"kind": "held_out", "step": 9, "loss": 0.5}\n')
+        (tmp_path / "small" / name / "metrics.jsonl").write_text("".join(f'{{"kind": "held_out", "step": {step}, "loss": {loss}}}\n' for step, loss in ((9, 0.5), (12, 0.4))))
     return tmp_path
 
 

@@ -2,15 +2,19 @@ import dataclasses
 import json
 import os
 import signal
+import time
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental import io_callback
 from PIL import Image
 from toy_stage import ToyBatches, full_disk, initial_params, toy_stage
 
+from pikastream_jax.training import loop
 from pikastream_jax.training.checkpoint import Checkpoints
-from pikastream_jax.training.loop import NonFiniteError, run
+from pikastream_jax.training.loop import NonFiniteError, rehearse, run
+from pikastream_jax.training.only_writer import only_writer
 
 
 def rows(folder):
@@ -133,6 +137,39 @@ def test_rows_have_norms_of_gradients_and_speeds(tmp_path):
     assert train["gradient_norm/blocks"] > 0 and train["gradient_norm/head"] > 0
     np.testing.assert_allclose(train["frames_per_second"], 24 * train["updates_per_second"], rtol=0.02)
     assert "tera_operations_per_second" in train and "utilisation" not in train, "a CPU's peak is not known"
+
+
+def test_speeds_are_those_of_updates_alone(tmp_path, monkeypatch):
+    """By a clock that updates move by 2 seconds, on the device, and evaluations by 100: also where the device is still busy when one is due."""
+
+    class Clock:
+        now = 0.0
+
+        def pass_by(self, seconds):
+            time.sleep(0.01)  # the loop runs ahead of the device
+            self.now += seconds
+            return np.float32(0)
+
+    clock, own = Clock(), toy_stage(total_steps=60)
+
+    def update(state, *more):
+        new, metrics = own.update(state, *more)
+        metrics["loss"] += io_callback(lambda _: clock.pass_by(2), jax.ShapeDtypeStruct((), np.float32), metrics["loss"])
+        return new, metrics
+
+    def evaluate(state, data):
+        clock.pass_by(100)
+        return own.evaluate(state, data)
+
+    monkeypatch.setattr(loop.time, "monotonic", lambda: clock.now)
+    run(dataclasses.replace(own, update=update, evaluate=evaluate, evaluate_every=12), tmp_path)
+    rows = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    np.testing.assert_allclose([row["updates_per_second"] for row in rows if row["kind"] == "train"], 0.5)
+
+
+def test_a_rehearsal_leaves_a_run_that_writes_there_alone(tmp_path):
+    with only_writer(tmp_path), pytest.raises(ValueError, match="another process is writing into"):
+        rehearse(toy_stage(), tmp_path)
 
 
 def test_host_batches_come_in_order_and_a_resumed_run_takes_up_where_it_was(tmp_path):

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -14,6 +16,7 @@ import pytest
 from toy_stage import Settings, build, toy_stage
 
 from pikastream_jax.training import mesh as meshes
+from pikastream_jax.training.checkpoint import Checkpoints
 from pikastream_jax.training.loop import run
 from pikastream_jax.training.metrics import read_rows
 from pikastream_jax.training.processes import Processes
@@ -54,34 +57,55 @@ def test_eight_devices_have_the_losses_of_one(alone, tmp_path):
     assert result["frozen"] == {"data": 1, "fsdp": 1 / 8, "all": 1 / 2}, "so is what updates only read, in updates and in evaluations"
 
 
-def test_two_processes_train_and_one_goes_on(alone, tmp_path):
-    """Two processes with a device each do seven updates and save; this one resumes: the losses of a run that was never stopped."""
+def two_processes(*arguments):
+    """Both have a device and train the toy stage as one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     code = (
         f"import sys; sys.path.insert(0, {str(HERE)!r}); import train; train.STAGES['toy'] = train.Entry('toy_stage'); sys.exit(train.main())"
     )
-    shared = ["toy", "--updates", "12", "--steps", "7", "--out", tmp_path, "--processes", "2", "--coordinator", f"127.0.0.1:{port}", "--fsdp", "2"]
-    together = [
+    shared = ["toy", *arguments, "--processes", "2", "--coordinator", f"127.0.0.1:{port}", "--fsdp", "2"]
+    return [
         subprocess.Popen(
             [sys.executable, "-c", code, *map(str, shared), "--process", str(index)],
             cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         for index in range(2)
     ]
+
+
+def ended(together):
+    """What each of them says on standard error, once both have left."""
     try:
         errors = [process.communicate(timeout=300)[1] for process in together]
     finally:
         for process in together:
             process.kill()
     assert [process.returncode for process in together] == [0, 0], errors
+    return errors
+
+
+def test_two_processes_train_and_one_goes_on(alone, tmp_path):
+    """They do seven updates and save; this one resumes: the losses of a run that was never stopped."""
+    errors = ended(two_processes("--updates", "12", "--steps", "7", "--out", tmp_path))
     assert "resume with" in errors[0] and "resume with" not in errors[1], "the first process alone reports"
     run(build(None, 0, {}, Settings(updates=12)), tmp_path)
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [(row["step"], row["kind"]) for row in rows] == [(10, "train"), (10, "held_out"), (12, "train"), (12, "held_out")]
     means = [row["loss"] for row in rows if row["kind"] == "train"]
     np.testing.assert_allclose(means, [np.mean(alone[:10]), np.mean(alone[10:])], rtol=TOLERANCE)
+
+
+def test_a_signal_to_one_process_stops_and_saves_both(tmp_path):
+    together = two_processes("--updates", "10000000", "--out", tmp_path)
+    metrics, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 300
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline and together[0].poll() is None:
+        time.sleep(0.1)
+    together[1].send_signal(signal.SIGTERM)
+    errors = ended(together)
+    done = Checkpoints(tmp_path / "checkpoints", write=False).latest_step
+    assert done and f"at step {done} of 10000000, saved" in errors[0]
 
 
 def test_what_lies_where():

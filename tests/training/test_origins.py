@@ -19,6 +19,8 @@ def test_a_run_is_known_by_its_settings_and_how_far_it_went(tmp_path):
     assert of("one").startswith("one, 20 updates (") and of("one") != early
     run(toy_stage(20, seed=1), tmp_path / "other" / "one")
     assert of("other/one") != of("one"), "another seed, as far"
+    run(toy_stage(10), tmp_path / "one")
+    assert of("one").startswith("one, 20 updates (") and of("one") == of("one"), "nothing was trained"
     (tmp_path / "one").rename(tmp_path / "moved")
     (tmp_path / "moved").rename(tmp_path / "other" / "two")
     assert of("other/two").removeprefix("two") == f", 20 updates ({early.split('(')[1]}", "a run may be moved"

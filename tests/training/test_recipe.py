@@ -99,7 +99,8 @@ def test_steps_run_in_order_and_complete_ones_are_passed_over(tmp_path, capsys):
     assert machine.log == [f"{name} {what}" for name in ("first", "pairs", "second") for what in ("begins", "ends")]
     assert machine.closed == 3
     assert "recipe: complete" in capsys.readouterr().err
-    assert set(json.loads((tmp_path / "recipe.json").read_text())) == {"first", "pairs", "second"}
+    record = json.loads((tmp_path / "recipe.json").read_text())
+    assert (record["config"], record["seed"], set(record["minutes"])) == ("tiny", 5, {"first", "pairs", "second"})
     again = Machine()
     run_recipe("tiny", tmp_path, 5, None, steps=STEPS, worker=again)
     assert not again.asked
@@ -182,7 +183,7 @@ def test_a_failure_names_the_step_and_what_is_done_stays(tmp_path):
     with pytest.raises(ValueError, match="stopped at pairs .exit status 3.; the same command goes on"):
         run_recipe("tiny", tmp_path, 0, None, jobs=2, steps=(*STEPS, Step("free", "toy")), worker=machine)
     assert machine.stopped == ["free"] and (tmp_path / "free" / "checkpoints" / "60").exists(), "the step beside it saves"
-    assert set(json.loads((tmp_path / "recipe.json").read_text())) == {"first", "pairs", "free"}, "what was spent is kept"
+    assert set(json.loads((tmp_path / "recipe.json").read_text())["minutes"]) == {"first", "pairs", "free"}, "what was spent is kept"
     machine = Machine()
     run_recipe("tiny", tmp_path, 0, None, steps=STEPS, worker=machine)
     assert len(machine.asked) == 2
@@ -201,6 +202,26 @@ def test_what_a_signal_ends_before_it_could_save_is_no_failure(tmp_path, capsys)
     run_recipe("tiny", tmp_path, 0, None, jobs=2, steps=(*STEPS, Step("free", "toy")), worker=machine)
     assert machine.stopped == ["first", "free"]
     assert (tmp_path / "free" / "checkpoints" / "60").exists() and "recipe: left: first, pairs, second" in capsys.readouterr().err
+
+
+def test_what_fails_while_it_is_stopped_is_a_failure(tmp_path):
+    """A full disk is found when the stage saves."""
+    machine = Machine(slow={"first": 10_000}, fails="first")
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(ValueError, match="stopped at first .exit status 3."):
+        run_recipe("tiny", tmp_path, 0, None, steps=STEPS, worker=machine)
+
+
+def test_another_seed_or_preset_is_another_recipe(tmp_path):
+    """What is there would be taken for what was asked for."""
+    run_recipe("tiny", tmp_path, 5, None, steps=STEPS, worker=Machine(reach=30))
+    for config, seed, difference in (("tiny", 6, "--seed 5, not 6"), ("nano", 5, "--config tiny, not nano")):
+        with pytest.raises(ValueError, match=f"holds a recipe with {difference}: give that, or another folder with --runs"):
+            run_recipe(config, tmp_path, seed, None, steps=STEPS, worker=Machine())
+    run_recipe("tiny", tmp_path, 5, None, steps=STEPS, worker=Machine())
+    (tmp_path / "recipe.json").write_text("{")
+    with pytest.raises(ValueError, match="recipe.json is not JSON .*: remove it"):
+        run_recipe("tiny", tmp_path, 5, None, steps=STEPS, worker=Machine())
 
 
 def test_programs_of_all_commands_are_kept(tmp_path, monkeypatch):

@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from pikastream_jax.training import records
 from pikastream_jax.training.records import Plan, Records, read_constants, read_record, write_records
+from pikastream_jax.training.whole_file import write_whole
 
 PLAN = Plan(counts={"train": 7, "held_out": 2}, shard=3, made_with={"seed": 1, "sizes": (4, 2)})
 
@@ -168,6 +170,26 @@ def test_records_that_differ_are_refused(tmp_path):
     for bad, message in (({"counts": {}}, "at least 1 record"), ({"shard": 0}, "shard=0")):
         with pytest.raises(ValueError, match=message):
             Plan(**{"counts": {"train": 1}, "shard": 1, "made_with": {}} | bad)
+
+
+def test_the_first_shard_is_no_other_plan_s(tmp_path, monkeypatch):
+    """The disk is full just after the first shard: whose it is stands there already."""
+    writes = []
+
+    def full(path, data):
+        writes.append(path)
+        if len(writes) == 2:
+            raise OSError(28, "No space left on device")
+        write_whole(path, data)
+
+    monkeypatch.setattr(records, "write_whole", full)
+    with pytest.raises(OSError, match="make room"):
+        write_records(tmp_path / "clips", PLAN, make)
+    assert list((tmp_path / "clips.partial").glob("train-00000-*"))
+    with pytest.raises(ValueError, match=r"unfinished work of another kind \(made_with seed differ\)"):
+        write_records(tmp_path / "clips", Plan(PLAN.counts, 3, PLAN.made_with | {"seed": 2}), make)
+    write_records(tmp_path / "clips", PLAN, make)
+    assert Records(tmp_path / "clips", "train").stacked("number")["number"].tolist() == list(range(7))
 
 
 def test_a_full_disk_leaves_nothing_under_the_name_and_keeps_whole_shards(tmp_path):

@@ -1,11 +1,12 @@
 import json
+import os
 
 import jax
 import numpy as np
 import pytest
 from toy_stage import ToyBatches, toy_stage
 
-from pikastream_jax.training.failure import keep_failure, kept_batch
+from pikastream_jax.training.failure import keep_failure, kept_batch, last_failure
 from pikastream_jax.training.loop import NonFiniteError, run
 from pikastream_jax.training.replay import replay
 
@@ -51,6 +52,13 @@ def test_what_does_not_fit_is_refused(tmp_path):
         replay(toy_stage(seed=1), tmp_path)
     with pytest.raises(ValueError, match="all updates up to 3 are finite this time, then loss is nan"):
         replay(toy_stage(), tmp_path)
+
+
+def test_the_last_failure_is_the_latest(tmp_path):
+    """A run begun anew with another rate may fail at a smaller number than the one before it."""
+    for when, (step, rate) in enumerate(((500, 3e-3), (300, 1e-3)), start=1):
+        os.utime(keep_failure(tmp_path, step, {"rate": rate}, {}), (when, when))
+    assert (last_failure(tmp_path)["step"], last_failure(tmp_path)["rate"]) == (300, 1e-3)
 
 
 def test_a_batch_keeps_every_bit(tmp_path):

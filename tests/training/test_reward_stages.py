@@ -10,7 +10,14 @@ from small_corpus import small_corpus
 
 from pikastream_jax.data.corpus import save_corpus
 from pikastream_jax.rewards import REWARDS
-from pikastream_jax.training import reward_artifact, reward_clips, reward_identity, reward_lip_sync, reward_motion
+from pikastream_jax.training import (
+    reward_artifact,
+    reward_clips,
+    reward_identity,
+    reward_lip_sync,
+    reward_motion,
+    reward_stage,
+)
 from pikastream_jax.training.loop import run
 from pikastream_jax.training.optimiser import OptimiserConfig
 from pikastream_jax.training.refl import load_rewards
@@ -40,7 +47,8 @@ def plain_pictures(identities, states, size):
 @pytest.fixture(autouse=True)
 def little(tmp_path, monkeypatch):
     save_corpus(tmp_path / "speech.npz", small_corpus())
-    monkeypatch.setattr(reward_clips, "SPEECH", tmp_path / "speech.npz")
+    for module in (reward_clips, reward_stage):
+        monkeypatch.setattr(module, "SPEECH", tmp_path / "speech.npz")
     monkeypatch.setattr(reward_clips, "draw", plain_pictures)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import toy_stage
 
 import train
 from configs import PRESETS, stage_settings
@@ -85,6 +86,30 @@ def test_runs_have_their_place_and_hand_over_from_there(monkeypatch, tmp_path):
     entry = train.STAGES["second"]
     assert entry.hand_over("second", {}, tmp_path) == {"weights": tmp_path / "toy"}
     assert entry.hand_over("second", {"weights": tmp_path}, tmp_path) == {"weights": tmp_path}, "what is given goes first"
+
+
+def test_what_a_stage_makes_nothing_of_is_not_taken_from_the_folder(monkeypatch, tmp_path):
+    """Trajectories that are solved while a run on clips pauses are not what it was started from."""
+    monkeypatch.setitem(train.STAGES, "second", train.Entry("toy_stage", takes={"pairs": ("toy",)}))
+    monkeypatch.setattr(toy_stage.Settings, "passed_over", lambda settings, given: () if given else ("pairs",))
+    assert command_line(monkeypatch, "second", "--runs", tmp_path, "--steps", "1") == 0
+    assert command_line(monkeypatch, "toy", "--runs", tmp_path, "--steps", "1") == 0
+    assert command_line(monkeypatch, "second", "--runs", tmp_path, "--steps", "1") == 0
+    assert json.loads((tmp_path / "second" / "config.json").read_text())["config"]["init"] == {}
+    assert command_line(monkeypatch, "second", "--runs", tmp_path, "--out", tmp_path / "told", "--steps", "1", "--init", f"pairs={tmp_path / 'toy'}") == 0
+    assert json.loads((tmp_path / "told" / "config.json").read_text())["config"]["init"]["pairs"].startswith("toy, 1 updates")
+
+
+def test_which_stages_make_nothing_of_what(tmp_path):
+    causal, pretrain = (train.STAGES[name].load().Settings for name in ("dit_causal", "dit_pretrain"))
+    assert causal().passed_over({}) == ()
+    assert causal(objective="data").passed_over({}) == causal(objective="diffusion_forcing").passed_over({}) == ("pairs",)
+    assert pretrain().passed_over({"clips": tmp_path}) == ()
+    for run in ("clips", "vae_streaming", "latent_reader", "audio_pretrain", "text_pretrain"):
+        (tmp_path / run).mkdir()
+    given = {"denoiser": tmp_path / "older"}
+    found = train.STAGES["dit_pretrain"].hand_over("dit_pretrain", given, tmp_path, pretrain().passed_over(given))
+    assert set(found) == {"denoiser", "clips", "flash_vae", "reader"}, "a denoiser keeps the encoders that it was trained with"
 
 
 def test_a_run_is_not_continued_from_something_else(monkeypatch, tmp_path, capsys):
