@@ -34,6 +34,7 @@ from pikastream_jax.training.losses import closure_loss
 from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
 from pikastream_jax.training.origins import origins
+from pikastream_jax.training.processes import gather
 from pikastream_jax.training.settings import Optimiser, StageSettings
 from pikastream_jax.weights.safetensors_io import restore_into
 
@@ -121,7 +122,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
     def evaluate(state: TrainState, data: dict) -> dict[str, float]:
         """Errors over the held-out human voice, correlation of every track, and F1 of closures as lip sync is measured."""
         start = corpus().starts("held_out", 1, config.audio.mel_frames)[:HELD_OUT]
-        (said, logit), truth, parts = jax.device_get(read(state.ema, data, start))
+        (said, logit), truth, parts = jax.device_get(gather(read(state.ema, data, start)))
         loss = parts["tracks"] + settings.closures * parts["closures"]
         r = {f"r_{name}": float(np.corrcoef(said[..., i].ravel(), truth[..., i].ravel())[0, 1]) for i, name in enumerate(TRACKS)}
         f1 = {

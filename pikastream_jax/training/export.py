@@ -133,8 +133,8 @@ def _history(run: Path, part: str) -> dict:
     if not run.is_dir():
         told = json.loads(load(run)[1].get("pikastream", "{}"))
         return told.get("made", {}).get(part, {"file": run.name})
-    record = json.loads((run / "config.json").read_text())
-    held_out = [row for row in read_rows(run / METRICS_FILE) if row["kind"] == "held_out" and row["step"] <= updates_done(run)]
+    record, done = json.loads((run / "config.json").read_text()), updates_done(run)
+    held_out = [row for row in read_rows(run / METRICS_FILE) if row["kind"] == "held_out" and row["step"] <= done]
     return {"stage": record["stage"], "seed": record["seed"], "held_out": held_out[-1] if held_out else None}
 
 

@@ -34,6 +34,7 @@ from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.losses import closure_loss
 from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
+from pikastream_jax.training.processes import gather
 from pikastream_jax.training.settings import Optimiser, StageSettings
 from pikastream_jax.weights.safetensors_io import restore_into
 
@@ -209,7 +210,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
 
     def held_out(state: TrainState, data: dict) -> dict[str, float]:
         """Errors, and of closed lips the F1 of closures as lip sync is measured and the share of video frames that are right."""
-        parts, logit = jax.device_get(read(state.ema, data, unseen()))
+        parts, logit = jax.device_get(gather(read(state.ema, data, unseen())))
         return parts | closures_read(logit, unseen().opening)
 
     return Stage(

@@ -193,7 +193,7 @@ def rehearse(stage: Stage, out_dir: str | Path, *, mesh: Mesh | None = None) -> 
     """
     if any((Path(out_dir) / CHECKPOINTS).glob("*")):
         raise ValueError(f"{out_dir} holds a run, which a rehearsal would write into: give it another folder with --out")
-    with only_writer(out_dir):
+    with only_writer(out_dir) if is_first() else contextlib.nullcontext():
         stretch = _Stretch(stage, Path(out_dir), 1, 1, make_mesh() if mesh is None else mesh)
         try:
             with jax.set_mesh(stretch.mesh):

@@ -25,6 +25,7 @@ from pikastream_jax.training.clips import load_clip_record
 from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.mesh import split_batch
 from pikastream_jax.training.optimiser import OptimiserConfig, make_optimiser
+from pikastream_jax.training.processes import gather
 from pikastream_jax.training.settings import Optimiser, StageSettings
 
 STYLE = tuple(field.name for field in dataclasses.fields(Style))
@@ -97,8 +98,8 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
     def evaluate(state: TrainState, data: dict) -> dict[str, float]:
         """Error over unseen captions, and the share of the canonical prompts' attributes that are understood."""
         unseen = captions(HELD_OUT_SEED + seed, settings.held_out)
-        error = np.asarray(read(state.ema, unseen["tokens"], unseen["valid"])) - unseen["style"]
-        said = np.asarray(read(state.ema, *tokenizer.encode_batch(list(CANONICAL))))
+        error = np.asarray(gather(read(state.ema, unseen["tokens"], unseen["valid"]))) - unseen["style"]
+        said = np.asarray(gather(read(state.ema, *tokenizer.encode_batch(list(CANONICAL)))))
         understood = []
         for row, asked in zip(said, CANONICAL.values(), strict=True):
             heard = attributes_of(Style(**dict(zip(STYLE, row, strict=True))))

@@ -15,6 +15,7 @@ from pikastream_jax.measuring.sharpness import detail
 from pikastream_jax.training.faces import FaceBatch, face_batch
 from pikastream_jax.training.losses import psnr, region_weights
 from pikastream_jax.training.pictures import save_rows, to_uint8
+from pikastream_jax.training.processes import gather, on_one_device
 
 HELD_OUT_SEED = (
     1_000_003  # identities and motions of the held-out batches; training keys are folded from the run's seed
@@ -22,6 +23,12 @@ HELD_OUT_SEED = (
 _PEOPLE, _LATENT_FRAMES = 8, 2
 
 Reconstruct = Callable[[PyTree[Array], Float[Array, "b t h w 3"]], Float[Array, "b t h w 3"]]
+
+
+def _for_all(render: Callable[[Array], FaceBatch]) -> FaceBatch:
+    """In the host's memory: all processes look at it together, and the first one draws it alone."""
+    with on_one_device():
+        return jax.device_get(jax.jit(render)(jax.random.key(HELD_OUT_SEED)))
 
 
 class HeldOutFaces:
@@ -33,13 +40,13 @@ class HeldOutFaces:
         def render(key: Array) -> FaceBatch:
             return face_batch(key, _PEOPLE, frames, size, size)
 
-        self._batch = functools.cache(lambda: jax.jit(render)(jax.random.key(HELD_OUT_SEED)))
+        self._batch = functools.cache(lambda: _for_all(render))
 
     def figures(self, reconstruct: Reconstruct, params: PyTree[Array]) -> dict[str, float]:
         """`loss`: root of the mean squared error; PSNR in dB (whole picture, boxes of mouth and eyes), SSIM; `mouth_motion_kept`: how much of the
         lips' true motion the output repeats, 1 is all of it, 0 a mouth that stands still; `detail_*`: see `measuring/sharpness.py`."""
         batch = self._batch()
-        video, output = np.asarray(batch.video), np.asarray(reconstruct(params, batch.video))
+        video, output = batch.video, np.asarray(gather(reconstruct(params, batch.video)))
         h, w = video.shape[2:4]
         error = (np.clip(output, -1, 1) - video) ** 2
         mouth, eyes = (np.asarray(region_weights(batch.boxes[..., i : i + 1, :], h, w, (1.0,))) > 1.5 for i in (0, 1))

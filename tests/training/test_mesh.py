@@ -108,6 +108,24 @@ def test_a_signal_to_one_process_stops_and_saves_both(tmp_path):
     assert done and f"at step {done} of 10000000, saved" in errors[0]
 
 
+@pytest.mark.slow
+def test_stages_evaluate_and_draw_in_two_processes(tmp_path):
+    """Where both compute together and where the first draws alone; with arguments the script does other stages too."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    names = ["vae_low_res", "text_pretrain"]
+    together = [
+        subprocess.Popen(
+            [sys.executable, HERE / "in_two_processes.py", tmp_path, f"127.0.0.1:{port}", str(index), *names],
+            cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        for index in range(2)
+    ]
+    ended(together)
+    assert (tmp_path / "vae_low_res" / "samples" / "step_00000000.png").is_file()
+
+
 def test_what_lies_where():
     """The largest axis that fsdp divides, the last of equals; small leaves whole. No device is needed to plan."""
     mesh = meshes.make_mesh(fsdp=8, sequence=2, devices=64)
