@@ -151,7 +151,7 @@ def build_stage(
         config=stage_record(config, settings),
         evaluate=lambda state, data: held_out.figures(reconstruct, state.ema),
         evaluate_every=settings.every(200),
-        sample=lambda state, data, path: held_out.draw(reconstruct, state.ema, path),
+        sample=lambda state, data, path: held_out.draw(path, lambda video: reconstruct(state.ema, video)),
         sample_every=500,
     )
 

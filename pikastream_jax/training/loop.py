@@ -84,7 +84,7 @@ class Stage:
       config: JSON-able record of what is trained, and from what; a run is only continued with the same one.
       evaluate: (state, data) -> scalars on held-out data, `loss` among them; a function of these alone.
       evaluate_every: in updates; also done after the last one.
-      sample: (state, data, path.png) -> None, draws a picture of what the model does now.
+      sample: (state, data, path) -> None, draws a picture of what the model does now, a PNG at that path.
       sample_every: in updates; also done after the last one.
       frames: video frames that an update trains on, for the speed in the log; None where it is not about video.
     """

@@ -191,7 +191,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         config={**stage_record(config, settings), "face_reader": reads},
         evaluate=lambda state, data: held_out.figures(reconstruct, state.ema),
         evaluate_every=settings.every(100),
-        sample=lambda state, data, path: held_out.draw(reconstruct, state.ema, path),
+        sample=lambda state, data, path: held_out.draw(path, lambda video: reconstruct(state.ema, video)),
         sample_every=500,
     )
 

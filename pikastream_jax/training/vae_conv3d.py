@@ -8,6 +8,7 @@ FlashVAE's kind. Clips are decoded whole here, which is the same as through Flas
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,8 +125,7 @@ def build(config: Config, seed: int, init: dict[str, Path], settings: Settings) 
         return {"loss": figures["loss_conv3d"], **figures}
 
     def sample(state: TrainState, data: dict[str, Params], path: Path) -> None:
-        for name, run in reconstructions.items():
-            held_out.draw(run, (data["encoder"], state.ema[name]), path.with_stem(f"{path.stem}_{name}"))
+        held_out.draw(path, *(functools.partial(run, (data["encoder"], state.ema[name])) for name, run in reconstructions.items()))
 
     return Stage(
         name="vae_conv3d",

@@ -66,8 +66,8 @@ class HeldOutFaces:
             "detail_invented": fine.invented,
         }
 
-    def draw(self, reconstruct: Reconstruct, params: PyTree[Array], path: Path) -> None:
-        """Writes the people's first and last frames, truth above output."""
+    def draw(self, path: Path, *reconstructions: Callable[[Float[Array, "b t h w 3"]], Float[Array, "b t h w 3"]]) -> None:
+        """Writes the people's first and last frames, truth above the outputs."""
         video = self._batch().video
-        output = reconstruct(params, video)
-        save_rows(path, [video[:, 0], output[:, 0], video[:, -1], output[:, -1]])
+        clips = [video, *(reconstruct(video) for reconstruct in reconstructions)]
+        save_rows(path, [clip[:, frame] for frame in (0, -1) for clip in clips])
