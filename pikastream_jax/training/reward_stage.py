@@ -20,6 +20,7 @@ from pikastream_jax.training.clips import SPEECH
 from pikastream_jax.training.loop import Stage, TrainState
 from pikastream_jax.training.optimiser import make_optimiser
 from pikastream_jax.training.origins import origins
+from pikastream_jax.training.processes import gather, on_one_device
 from pikastream_jax.training.reward_clips import Painter, TalkingClips, talking_clips
 from pikastream_jax.training.settings import StageSettings
 
@@ -110,8 +111,10 @@ def reward_stage(
         return calibrate(model, state, data["calibration"], k_calibration), parts
 
     def evaluate(state: TrainState, data: dict) -> Figures:
-        figures = judgement()(state.ema)
-        scores = np.asarray(score(state.ema, held_out().clips))
+        params = gather(state.ema)
+        with on_one_device():  # it is small: several processes judge the whole of it, each for itself
+            figures = judgement()(params)
+            scores = np.asarray(score(params, held_out().clips))
         return figures | {"score_mean": float(scores.mean()), "score_std": float(scores.std())}
 
     return Stage(
