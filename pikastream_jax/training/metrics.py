@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pikastream_jax.training.whole_file import write_whole
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -19,9 +21,7 @@ class MetricsFile:
         """Opens `path` for appending, keeping only its whole rows with `step <= last_step`."""
         self._path = path = Path(path)
         kept = [row for row in read_rows(path) if row["step"] <= last_step] if path.exists() else []
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        partial.replace(path)
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("ab", buffering=0)  # nothing is left over to be written on closing
 
     def append(self, step: int, kind: str, values: dict[str, float], **more: Any) -> None:

@@ -57,22 +57,30 @@ def test_eight_devices_have_the_losses_of_one(alone, tmp_path):
     assert result["frozen"] == {"data": 1, "fsdp": 1 / 8, "all": 1 / 2}, "so is what updates only read, in updates and in evaluations"
 
 
-def two_processes(*arguments):
-    """Both have a device and train the toy stage as one."""
+TOY = f"import sys; sys.path.insert(0, {str(HERE)!r}); import train; train.STAGES['toy'] = train.Entry('toy_stage'); sys.exit(train.main())"
+
+
+def start_two(command):
+    """Two processes that train as one, a device each.
+
+    Args:
+      command: (address of the first, number of the process) -> arguments of the interpreter.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    code = (
-        f"import sys; sys.path.insert(0, {str(HERE)!r}); import train; train.STAGES['toy'] = train.Entry('toy_stage'); sys.exit(train.main())"
-    )
-    shared = ["toy", *arguments, "--processes", "2", "--coordinator", f"127.0.0.1:{port}", "--fsdp", "2"]
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
     return [
         subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, shared), "--process", str(index)],
+            [sys.executable, *map(str, command(address, index))],
             cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         for index in range(2)
     ]
+
+
+def two_toys(*arguments):
+    """Both train the toy stage, its weights split between them."""
+    return start_two(lambda address, index: ["-c", TOY, "toy", *arguments, "--processes", 2, "--coordinator", address, "--fsdp", 2, "--process", index])
 
 
 def ended(together):
@@ -88,7 +96,7 @@ def ended(together):
 
 def test_two_processes_train_and_one_goes_on(alone, tmp_path):
     """They do seven updates and save; this one resumes: the losses of a run that was never stopped."""
-    errors = ended(two_processes("--updates", "12", "--steps", "7", "--out", tmp_path))
+    errors = ended(two_toys("--updates", "12", "--steps", "7", "--out", tmp_path))
     assert "resume with" in errors[0] and "resume with" not in errors[1], "the first process alone reports"
     run(build(None, 0, {}, Settings(updates=12)), tmp_path)
     rows = read_rows(tmp_path / "metrics.jsonl")
@@ -98,7 +106,7 @@ def test_two_processes_train_and_one_goes_on(alone, tmp_path):
 
 
 def test_a_signal_to_one_process_stops_and_saves_both(tmp_path):
-    together = two_processes("--updates", "10000000", "--out", tmp_path)
+    together = two_toys("--updates", "10000000", "--out", tmp_path)
     metrics, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 300
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline and together[0].poll() is None:
         time.sleep(0.1)
@@ -111,18 +119,7 @@ def test_a_signal_to_one_process_stops_and_saves_both(tmp_path):
 @pytest.mark.slow
 def test_stages_evaluate_and_draw_in_two_processes(tmp_path):
     """Where both compute together and where the first draws alone; with arguments the script does other stages too."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    names = ["vae_low_res", "text_pretrain"]
-    together = [
-        subprocess.Popen(
-            [sys.executable, HERE / "in_two_processes.py", tmp_path, f"127.0.0.1:{port}", str(index), *names],
-            cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        for index in range(2)
-    ]
-    ended(together)
+    ended(start_two(lambda address, index: [HERE / "in_two_processes.py", tmp_path, address, index, "vae_low_res", "text_pretrain"]))
     assert (tmp_path / "vae_low_res" / "samples" / "step_00000000.png").is_file()
 
 
